@@ -1,0 +1,279 @@
+"""Train and evaluate SAGE and the methods it is compared with.
+
+    python3 main.py --dataset cifar10 --data_dir DATA --root_dir RUNS --arch preactresnet18 --learning_rate 0.2 \\
+        --epochs 300 --schedule 100 200 --gammas 0.1 0.1 --method sage --seed 1 \\
+        --upper_lambda 0.6 --rand_pos 0.01 --update_ratio 0.7
+    python3 main.py --evaluate --resume RUNS/…/model_best.pth.tar --data_dir DATA
+
+The same command typed again continues a run that was stopped, from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+
+from load_data import Data, load
+from mixup import build_method
+from mixup.base import Method
+from models import build_model
+from utils import checkpoint, options, records, train
+from utils.files import UserError
+from utils.records import log
+from utils.runtime import StopSignal, device_name, pick_device, prepare, set_precision
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for a failed run, 2 for bad arguments, 128 + signal when stopped."""
+    args, typed = options.parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return evaluate(args, typed) if args.evaluate else run(args, typed)
+    except BadArguments as error:
+        options.make_parser().error(str(error))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print(f"error: out of GPU memory with --batch_size {args.batch_size}: make it smaller", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.filename or ''} {error.strerror or error}".replace("  ", " "), file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 1
+
+
+class BadArguments(UserError):
+    """Arguments that turn out not to fit what is there."""
+
+
+def run(args: argparse.Namespace, typed: set[str]) -> int:
+    """Train, from the start or from where the run's folder stands."""
+    device, warning = pick_device(args.ngpu)
+    set_precision(args.deterministic)
+    method = build_method(args.method, args.dataset, 2, **options.method_settings(args))
+    folder = None if args.log_off else Path(args.root_dir) / run_name(args, method)
+    settings = run_settings(args, method)
+    with lock(folder, args) if folder else nullcontext():
+        if folder and is_finished(folder, settings):
+            print(f"{folder} is finished: {records.read_json(folder / 'result.json')['summary']}")
+            return 0
+        stop = StopSignal()
+        records.start_log(folder / "log.txt" if folder else None)
+        if warning:
+            log.warning(f"warning: {warning}")
+        data = load_images(args, typed).to(device)
+        if args.batch_size > len(data.train.labels):
+            raise BadArguments(f"--batch_size {args.batch_size} is above the {len(data.train.labels)} training images")
+        method = build_method(args.method, args.dataset, len(data.classes), **{
+            **options.method_settings(args), "mean": data.mean, "std": data.std,
+        })  # fmt: skip
+        torch.manual_seed(args.seed)
+        model = build_model(args.arch, len(data.classes), data.stride, args.initial_channels, args.dropout)
+        model = prepare(model, device, args.fast)
+        optimizer = torch.optim.SGD(
+            model.parameters(), args.learning_rate, args.momentum, weight_decay=args.decay, nesterov=args.momentum > 0,
+            fused=True if args.fast else None,
+        )  # fmt: skip
+        progress = train.Progress(args.start_epoch)
+        job = train.Run(args, settings, folder, device, data, model, method, optimizer, progress, stop)
+        restore(job)
+        if folder:
+            write_config(job, folder)
+        log.info(describe(job))
+        train.fit(job)
+        if stop.exit_code:
+            where = f"epoch {job.progress.epoch}, step {job.progress.step}"
+            log.info(f"stopped in {where}; the same command continues there")
+            return stop.exit_code
+        finish(job)
+    return 0
+
+
+def evaluate(args: argparse.Namespace, typed: set[str]) -> int:
+    """Print the test numbers of a checkpoint; settings that were not typed are the checkpoint's."""
+    device, warning = pick_device(args.ngpu)
+    records.start_log(None)
+    if warning:
+        log.warning(f"warning: {warning}")
+    set_precision(args.deterministic)
+    state = checkpoint.load(args.resume)
+    for name, value in state.get("settings", {}).items():
+        if name in vars(args) and name not in typed:
+            setattr(args, name, value)
+    data = load_images(args, typed).to(device)
+    if state.get("classes", data.classes) != data.classes:
+        raise UserError(f"{args.resume} was trained on other classes than those of {data.source}")
+    data = dataclasses.replace(data, mean=state.get("mean", data.mean), std=state.get("std", data.std))
+    model = build_model(args.arch, len(data.classes), data.stride, args.initial_channels, args.dropout)
+    load_weights(model, state, args)
+    model = prepare(model, device, args.fast)
+    log.info(records.line_of_scores("Test", train.evaluate(model, data.test, data, device, "test"), "test"))
+    return 0
+
+
+def load_images(args: argparse.Namespace, typed: set[str]) -> Data:
+    """The dataset; the default of --labels_per_class belongs to CIFAR-10 and is no limit elsewhere."""
+    limit = args.labels_per_class if "labels_per_class" in typed or args.dataset == "cifar10" else None
+    return load(
+        args.dataset, args.data_dir, image_size=args.image_size, labels_per_class=limit,
+        valid_labels_per_class=args.valid_labels_per_class, seed=args.seed,
+        warn=lambda line: log.warning(f"warning: {line}"),
+    )  # fmt: skip
+
+
+def run_name(args: argparse.Namespace, method: Method) -> str:
+    """Dataset, architecture, method, seed, the settings that differ from the method's preset, and --add_name."""
+    preset = build_method(args.method, args.dataset, 2)
+    changed = [
+        f"{field.name}{getattr(method, field.name)}"
+        for field in dataclasses.fields(method)
+        if getattr(method, field.name) != getattr(preset, field.name)
+    ]
+    return "_".join(
+        [args.dataset, args.arch, args.method, f"seed{args.seed}", *changed, *filter(None, [args.add_name])]
+    )
+
+
+def run_settings(args: argparse.Namespace, method: Method) -> dict[str, Any]:
+    """Everything that determines a run's numbers, by flag name."""
+    own = {
+        name: value for name, value in vars(args).items() if name not in options.NOT_PART_OF_A_RUN and value is not None
+    }
+    of_method = dataclasses.asdict(method)
+    for name in ("num_classes", "mean", "std"):  # follow from the data
+        of_method.pop(name, None)
+    unused = options.method_settings(args).keys() - of_method.keys()
+    return {**{name: value for name, value in own.items() if name not in unused}, **of_method}
+
+
+def lock(folder: Path, args: argparse.Namespace) -> filelock.BaseFileLock:
+    """The folder, made ready and held by this process alone; a dead process holds nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = filelock.FileLock(folder / ".lock")
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(
+            f"another run is writing into {folder}; wait for it, or give this one another --add_name"
+        ) from None
+    if args.overwrite and any(folder.iterdir()):
+        held.release()
+        aside = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        print(f"the old run is kept as {aside}")
+        return lock(folder, argparse.Namespace(overwrite=False))
+    return held
+
+
+def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether the folder holds a finished run of these settings. Other settings are refused, with the difference."""
+    if (folder / "config.json").exists():
+        held = records.read_json(folder / "config.json")["settings"]
+        different = [
+            f"--{name}: {held.get(name)} there, {settings.get(name)} here"
+            for name in sorted(held.keys() | settings.keys())
+            if held.get(name) != settings.get(name)
+        ]
+        if different:
+            raise BadArguments(
+                f"{folder} holds a run with other settings ({'; '.join(different)}). Give this run a name of its own "
+                "with --add_name, or start anew with --overwrite True"
+            )
+    return (folder / "result.json").exists()
+
+
+def restore(job: train.Run) -> None:
+    """Continue from --resume, or from the folder's last good checkpoint if there is one."""
+    state = (
+        checkpoint.load(job.args.resume)
+        if job.args.resume
+        else checkpoint.load_last(job.folder)
+        if job.folder
+        else None
+    )
+    if state is None:
+        return
+    load_weights(job.model, state, job.args)
+    if "progress" not in state:
+        log.info(f"weights from {job.args.resume}; the optimiser starts anew at epoch {job.progress.epoch}")
+        return
+    job.optimizer.load_state_dict(state["optimizer"])
+    job.progress = train.Progress(**state["progress"])
+    if job.folder and job.progress.rows:
+        records.write_metrics(job.folder / "metrics.csv", job.progress.rows)
+    log.info(f"continuing in epoch {job.progress.epoch}, step {job.progress.step}")
+
+
+def load_weights(model: torch.nn.Module, state: dict[str, Any], args: argparse.Namespace) -> None:
+    """Weights by name, with or without DataParallel's prefix."""
+    weights = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(
+            f"the weights in {args.resume or 'the checkpoint'} do not fit --arch {args.arch}: {reason}"
+        ) from error
+
+
+def describe(job: train.Run) -> str:
+    """One line: method, data, model, device."""
+    data, args = job.data, job.args
+    return (
+        f"{args.method} on {data.name} ({data.source}): {len(data.train)} training images of {len(data.classes)} "
+        f"classes, {len(data.test)} test images; {args.arch}; {device_name(job.device)}"
+    )
+
+
+def write_config(job: train.Run, folder: Path) -> None:
+    """Settings, versions, device, commit and command, as the run started or was last continued."""
+    versions = {name: version(name) for name in ("torch", "torchvision", "numpy")}
+    content = {
+        "settings": job.settings,
+        "command": options.command_line(),
+        "classes": job.data.classes,
+        "mean": job.data.mean,
+        "std": job.data.std,
+        "device": device_name(job.device),
+        "versions": {"python": platform.python_version(), **versions},
+        "git_commit": records.git_commit(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    records.write_json(folder / "config.json", content)
+
+
+def finish(job: train.Run) -> None:
+    """The closing lines, and result.json, which marks the run as finished."""
+    rows = job.progress.rows
+    median, spread = records.final_accuracy(rows)
+    best = max(rows, key=lambda row: row["test_top1"])
+    log.info(f"\nfinal 10 epoch acc (median) : {median:.2f} (+- {spread:.2f})")
+    log.info(f"best acc : {best['test_top1']:.2f} in epoch {best['epoch']}")
+    train.draw_curves(job)
+    if job.folder:
+        result = {
+            "summary": f"final {median:.2f} % (+- {spread:.2f}), best {best['test_top1']:.2f} %",
+            "final_top1": median,
+            "spread": spread,
+            "best_top1": best["test_top1"],
+            "best_epoch": best["epoch"],
+            "epochs": len(rows),
+            "seconds": round(sum(row["seconds"] for row in rows), 1),
+        }
+        records.write_json(job.folder / "result.json", result)
+        log.info(f"curves: {job.folder / 'curves.png'}\nmixed images: {job.folder / 'mixed.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""CutMix: Yun et al., "CutMix: Regularization strategy to train strong classifiers with localizable features",
+ICCV 2019."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .base import PartialMixing, Step, bce_loss, mixed_targets, partner_index, partners
+
+
+def cut_box(height: int, width: int, lam: float, row: float, col: float) -> tuple[int, int, int, int]:
+    """The box that is cut: sides √(1−λ)·H and √(1−λ)·W around a centre, clipped to the image.
+
+    Args:
+        height, width: of the image, in pixels.
+        lam: λ in [0, 1], the share of image a before clipping.
+        row, col: the centre in pixels, in [0, H] and [0, W].
+
+    Returns:
+        (top, bottom, left, right), bottom and right exclusive.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam must lie in [0, 1]: {lam}")
+    if not (0 <= row <= height and 0 <= col <= width):
+        raise ValueError(f"centre {(row, col)} lies outside of {height}×{width}")
+    side = math.sqrt(1 - lam)
+    return (
+        int(max(row - side * height / 2, 0)),
+        int(min(row + side * height / 2, height)),
+        int(max(col - side * width / 2, 0)),
+        int(min(col + side * width / 2, width)),
+    )
+
+
+def paste_box(images: Tensor, permutation: Any, box: tuple[Any, Any, Any, Any]) -> tuple[Tensor, Any, Tensor]:
+    """Images with the pixels of their partners inside one box.
+
+    Args:
+        images: [B, C, H, W].
+        permutation: [B] integers, array or tensor.
+        box: (top, bottom, left, right) within the image, integers or tensors of one on the device of ``images``.
+
+    Returns:
+        (mixed [B, C, H, W]; ratio, the share of image a: a number, or a tensor if the box is; mask [H, W], 0 inside the
+        box and 1 outside). Nothing waits for the device.
+
+    Raises:
+        ValueError: the permutation has another length than the batch.
+    """
+    top, bottom, left, right = box
+    height, width = images.shape[2:]
+    rows = torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device)
+    inside = ((rows >= top) & (rows < bottom))[:, None] & ((columns >= left) & (columns < right))
+    ratio = 1 - (bottom - top) * (right - left) / (height * width)
+    return torch.where(inside, partners(images, permutation), images), ratio, (~inside).float()
+
+
+@dataclass
+class CutMix(PartialMixing):
+    """CutMix as a training method, applied to every batch; settings as in ``PartialMixing``."""
+
+    name = "cutmix"
+
+    @classmethod
+    def presets(cls, dataset: str) -> dict[str, Any]:
+        """α = 0.2 for Tiny-ImageNet-200, else 1."""
+        return {"mixup_alpha": 0.2 if dataset == "tiny-imagenet-200" else 1.0}
+
+    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> SimpleNamespace:
+        """``lam``, ``permutation`` [m] of the last m images, and the centre ``row``, ``col`` of the box."""
+        return SimpleNamespace(
+            lam=self.draw_lam(rng),
+            permutation=rng.permutation(self.mixed_count(batch, epoch)),
+            row=rng.uniform(0, height),
+            col=rng.uniform(0, width),
+        )
+
+    def step(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Any) -> Step:
+        """Loss of the mixed ``images`` [B, C, H, W], ``labels`` [B]."""
+        permutation = partner_index(draws.permutation, len(images), images.device)
+        height, width = images.shape[2:]
+        box = cut_box(height, width, float(draws.lam), float(draws.row), float(draws.col))
+        mixed, ratio, mask = paste_box(images, permutation, box)
+        targets = mixed_targets(labels, permutation, ratio, self.num_classes)
+        logits = model(mixed)
+        return Step(
+            loss=bce_loss(logits, targets),
+            logits=logits,
+            targets=targets,
+            mixed=mixed,
+            partner=images[permutation],
+            mask=mask.expand(images[:, 0].shape),
+        )

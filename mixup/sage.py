@@ -1,0 +1,323 @@
+"""SAGE: saliency-guided mixup with optimal rearrangements (Ma, Dvornik, Zhang, Pishdad, Derpanis, Fazly; BMVC 2022).
+
+Image b of every pair is moved by the offset at which the two saliency maps, laid over each other, keep most of their
+mass; then the two images are blended pixel by pixel in the proportion of their saliency.
+
+    >>> a, b = lam * saliency, (1 - lam) * saliency[permutation]  # each map of sum 1 before
+    >>> offsets = best_offsets(a, b)
+    >>> mixed, ratio = blend(images, images[permutation], a, b, offsets)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Method, Step, as_index, bce_loss, mixed_targets, one_hot
+from .saliency import input_gradient, mean_magnitude, ones_where_zero
+
+# 1/x ≈ Σ w·exp(−t·x), fitted so that |error|·min(x, x²) ≤ 2.3e-4 for 0 < x ≤ 30, x being saliency over its RMS
+EXPONENTS = (0.023358, 0.13365, 0.39224, 0.98411, 2.4016, 5.9133, 15.248, 43.622, 148.82, 697.56)
+WEIGHTS = (0.061019, 0.16807, 0.37722, 0.8822, 2.1433, 5.4147, 15.077, 49.063, 200.98, 1262.6)
+LEADERS = 8  # offsets a pair whose exact score is computed after the approximate search
+SHORT_LIST = 256  # up to so many candidates it is cheaper to score each exactly
+SPECTRUM_BYTES = 16 << 20  # pairs are transformed in parts whose spectra take at most this much memory
+WINDOW_PIXELS = 1 << 20  # moved maps are made in parts of at most so many pixels
+
+
+@torch.no_grad()
+def best_offsets(a: Tensor, b: Tensor, candidates: Any = None) -> Tensor:
+    """For every pair the offset of image b at which Σ (A² + B'²)/(A + B') is largest, B' being B moved by the offset.
+
+    All offsets, and long lists, are first scored approximately, by Fourier transforms whose cost grows as
+    H·W·log(H·W), and the leaders again exactly. The exact score of the result is then the best one's within 1e-6.
+
+    Args:
+        a: [B, H, W] saliency of image a with mass λ; not negative.
+        b: [B, H, W] saliency of image b with mass 1 − λ, not yet moved.
+        candidates: [K, 2] integers (dy, dx), |dy| < H, |dx| < W: image b's content moves down by dy and right by dx,
+            and zeros enter. None stands for every offset, in row-major order from (−(H−1), −(W−1)). An array, a list
+            or a tensor; one on the CPU has its range checked.
+
+    Returns:
+        [B, 2] int64 on a's device; the first in candidate order among equals.
+
+    Raises:
+        ValueError: a wrong shape, or a candidate that leaves no overlap.
+    """
+    _check_pair(a, b)
+    height, width = a.shape[1:]
+    if candidates is None:
+        return _best_of(a, b, _every_offset(height, width, a.device), approximate_scores(a, b))
+    candidates = torch.as_tensor(candidates, dtype=torch.int64)
+    _check_candidates(candidates, height, width)
+    on_device = candidates.to(a.device, non_blocking=True)
+    if len(candidates) > SHORT_LIST:
+        index = (on_device[:, 0] + height - 1) * (2 * width - 1) + on_device[:, 1] + width - 1
+        return _best_of(a, b, on_device, approximate_scores(a, b)[:, index])
+    if a.device.type == "cpu":
+        scores = _list_scores(a, b, candidates.tolist())
+    else:
+        scores = exact_scores(a, b, on_device.expand(len(a), -1, -1))
+    return on_device[scores.argmax(dim=1)]
+
+
+def exact_scores(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """Σ (A² + B'²)/(A + B') as [B, R] for each pair's own ``offsets`` [B, R, 2]."""
+    parts = []
+    for part in offsets.split(max(1, WINDOW_PIXELS // a.numel()), dim=1):
+        moved = _moved(b[:, None], part)[:, :, 0]
+        total = (a[:, None] + moved).clamp_(min=1e-30)
+        parts.append(moved.square_().add_(a.square()[:, None]).div_(total).sum(dim=(2, 3)))
+    return torch.cat(parts, dim=1)
+
+
+def _list_scores(a: Tensor, b: Tensor, candidates: list[list[int]]) -> Tensor:
+    """Exact scores [B, K] of one list for all pairs, visiting only the pixels that overlap: the fastest on a CPU."""
+    height, width = a.shape[1:]
+    # pairs last, so that a row of the overlap is one piece of memory
+    a, b = a.permute(1, 2, 0).contiguous(), b.permute(1, 2, 0).contiguous()
+    inverse_a, inverse_b = a.reciprocal(), b.reciprocal()
+    scores = []
+    for dy, dx in candidates:
+        above = slice(max(dy, 0), height + min(dy, 0)), slice(max(dx, 0), width + min(dx, 0))
+        below = slice(max(-dy, 0), height + min(-dy, 0)), slice(max(-dx, 0), width + min(-dx, 0))
+        # (a² + b²)/(a + b) = a + b − 2/(1/a + 1/b), also where one or both are 0
+        shared = (inverse_a[above] + inverse_b[below]).reciprocal_()
+        scores.append(b[below].sum(dim=(0, 1)) - 2 * shared.sum(dim=(0, 1)))
+    return (torch.stack(scores) + a.sum(dim=(0, 1))).T
+
+
+def approximate_scores(a: Tensor, b: Tensor) -> Tensor:
+    """Scores [B, (2H−1)(2W−1)] of every offset in row-major order.
+
+    With (a² + b²)/(a + b) = a + b − 2ab/(a + b) and 1/(a + b) as a sum of exponentials, the score of all offsets is
+    the mass in the frame less a sum of cross-correlations, of a·exp(−ta) with b·exp(−tb), which are added up in
+    frequency space. The mass is exact.
+    """
+    height, width = a.shape[1:]
+    exponents, weights = _quadrature(a.device, a.dtype)
+    size = _fast_length(2 * height - 1), _fast_length(2 * width - 1)
+    inverse_rms = (a.square() + b.square()).mean(dim=(1, 2), keepdim=True).clamp(min=1e-30).rsqrt()
+    pair_bytes = 2 * len(EXPONENTS) * size[0] * (size[1] // 2 + 1) * 2 * a.element_size()
+    part = max(1, SPECTRUM_BYTES // pair_bytes)
+    shared = []
+    for u, v in zip((a * inverse_rms).split(part), (b * inverse_rms).split(part), strict=True):
+        u, v = u[:, None], v[:, None]
+        spectrum_u = torch.fft.rfft2(weights * u * torch.exp(-exponents * u), s=size)
+        spectrum_v = torch.fft.rfft2(v * torch.exp(-exponents * v), s=size)
+        shared.append(torch.fft.irfft2((spectrum_u * spectrum_v.conj()).sum(dim=1), s=size))
+    # a circular correlation has offset −1 in its last place
+    overlap = torch.cat(shared).roll((height - 1, width - 1), dims=(1, 2))[:, : 2 * height - 1, : 2 * width - 1]
+    scores = a.sum(dim=(1, 2), keepdim=True) + _mass_in_frame(b) - 2 * overlap / inverse_rms
+    return scores.flatten(1)
+
+
+def _best_of(a: Tensor, b: Tensor, candidates: Tensor, approximate: Tensor) -> Tensor:
+    """The best [B, 2] of ``candidates`` [K, 2] on the device, given their approximate scores [B, K]."""
+    leaders = approximate.topk(min(LEADERS, len(candidates)), dim=1)
+    # where hundreds of offsets tie, the first of them is to win, which need not be among the leaders
+    level = leaders.values[:, :1]
+    first = (approximate >= level - 1e-6 * level).int().argmax(dim=1, keepdim=True)
+    index = torch.cat([leaders.indices, first], dim=1).sort(dim=1).values
+    best = exact_scores(a, b, candidates[index]).argmax(dim=1, keepdim=True)
+    return candidates[index.gather(1, best)[:, 0]]
+
+
+def _mass_in_frame(b: Tensor) -> Tensor:
+    """[B, 2H−1, 2W−1]: how much of each map [B, H, W] stays in the frame at every offset."""
+    integral = F.pad(b, (1, 0, 1, 0)).cumsum(1).cumsum(2)
+    # offsets −(H−1) … H−1 keep the last 1 … H rows, then the first H−1 … 1
+    rows = torch.cat([integral[:, -1:] - integral[:, :-1].flip(1), integral[:, 1:-1].flip(1)], dim=1)
+    return torch.cat([rows[:, :, -1:] - rows[:, :, :-1].flip(2), rows[:, :, 1:-1].flip(2)], dim=2)
+
+
+def _every_offset(height: int, width: int, device: torch.device) -> Tensor:
+    """[(2H−1)(2W−1), 2] int64: every (dy, dx) that leaves some overlap, row-major."""
+    return torch.cartesian_prod(
+        torch.arange(1 - height, height, device=device), torch.arange(1 - width, width, device=device)
+    )
+
+
+@functools.lru_cache
+def _quadrature(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Exponents and weights as [K, 1, 1], copied to the device once."""
+    table = torch.tensor((EXPONENTS, WEIGHTS), dtype=dtype, device=device)[:, :, None, None]
+    return table[0], table[1]
+
+
+def _fast_length(length: int) -> int:
+    """The next length whose only prime factors are 2, 3, 5 and 7: padding to it is cheaper than transforming others."""
+    while 2**20 * 3**13 * 5**9 * 7**8 % length:
+        length += 1
+    return length
+
+
+def _check_candidates(candidates: Tensor, height: int, width: int) -> None:
+    if candidates.ndim != 2 or candidates.shape[1] != 2 or len(candidates) == 0:
+        raise ValueError(f"candidates must be [K, 2] with K ≥ 1, not {tuple(candidates.shape)}")
+    if candidates.device.type == "cpu":  # elsewhere it would wait for the device
+        outside = (candidates.abs() >= torch.tensor((height, width))).any(dim=1)
+        if outside.any():
+            raise ValueError(f"offset {tuple(candidates[outside][0].tolist())} leaves no overlap in {height}×{width}")
+
+
+def _moved(maps: Tensor, offsets: Tensor) -> Tensor:
+    """Content of ``maps`` [B, C, H, W] moved by each of ``offsets`` [B, R, 2], zeros entering: [B, R, C, H, W]."""
+    height, width = maps.shape[2:]
+    padded = F.pad(maps, (width - 1, width - 1, height - 1, height - 1))
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: [B, C, 2H−1, 2W−1, H, W]
+    rows = torch.arange(len(maps), device=maps.device)[:, None]
+    return windows[rows, :, height - 1 - offsets[..., 0], width - 1 - offsets[..., 1]]
+
+
+def blend(images_a: Tensor, images_b: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Image a and the moved image b, weighted pixel by pixel by their saliency.
+
+    Args:
+        images_a, images_b: [B, C, H, W]; images_b already permuted, not yet moved.
+        a, b: [B, H, W], as in ``best_offsets``.
+        offsets: [B, 2] integers (dy, dx) on the same device.
+
+    Returns:
+        (mixed [B, C, H, W], ratio [B]: the mean weight of image a). Where image b left the frame it counts as 0.
+
+    Raises:
+        ValueError: wrong shapes.
+    """
+    mixed, mask = _blend(images_a, images_b, a, b, offsets)
+    return mixed, mask.mean(dim=(1, 2))
+
+
+def _blend(images_a: Tensor, images_b: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """``blend``, but with the mask M = A/(A + B') [B, H, W] instead of its mean."""
+    _check_pair(a, b)
+    if images_a.ndim != 4 or images_a.shape != images_b.shape or images_a[:, 0].shape != a.shape:
+        raise ValueError(
+            f"images must be two [B, C, H, W] for saliency {tuple(a.shape)}, "
+            f"not {tuple(images_a.shape)} and {tuple(images_b.shape)}"
+        )
+    if offsets.shape != (len(a), 2):
+        raise ValueError(f"offsets must be [{len(a)}, 2], not {tuple(offsets.shape)}")
+    moved = _moved(torch.cat([b[:, None], images_b], dim=1), offsets[:, None])[:, 0]
+    mask = a / (a + moved[:, 0]).clamp(min=1e-16)
+    return torch.lerp(moved[:, 1:], images_a, mask[:, None]), mask
+
+
+def _check_pair(a: Tensor, b: Tensor) -> None:
+    if a.ndim != 3 or a.shape != b.shape or a.numel() == 0:
+        raise ValueError(f"a and b must be two [B, H, W] of one shape, not {tuple(a.shape)} and {tuple(b.shape)}")
+    if not a.is_floating_point() or a.dtype != b.dtype:
+        raise ValueError(f"a and b must be of one floating type, not {a.dtype} and {b.dtype}")
+
+
+def gaussian_blur(maps: Tensor, kernel_size: int, sigma: float) -> Tensor:
+    """[B, H, W] under a normalised Gaussian of ``kernel_size`` (odd) pixels, borders reflected without the edge."""
+    margin = kernel_size // 2
+    x = torch.arange(-margin, margin + 1, dtype=maps.dtype, device=maps.device)
+    weights = torch.softmax(-0.5 * (x / sigma) ** 2, dim=0)
+    padded = F.pad(maps[:, None], (margin,) * 4, mode="reflect")
+    return F.conv2d(F.conv2d(padded, weights[None, None, :, None]), weights[None, None, None, :])[:, 0]
+
+
+@dataclass
+class Sage(Method):
+    """SAGE as a training method: a clean pass whose input gradient is the saliency, then a pass over the mixed images.
+
+    Settings (defaults of the flags; ``mixup_alpha`` None means the preset):
+        mixup_alpha: α of λ ~ upper_lambda·Beta(α, α), one λ a batch; 0: always ½·upper_lambda.
+        upper_lambda: largest share of image a.
+        blur_sigma, kernel_size: Gaussian blur of the saliency, in pixels; the size is odd.
+        eval_mode: clean pass with the network in eval mode.
+        rand_pos: share of all (2H−1)(2W−1) offsets that compete, drawn anew for each batch; 1 searches all of them.
+        update_ratio: r, the loss being (1 − r)·L(clean) + r·L(mixed).
+    """
+
+    name = "sage"
+    mixup_alpha: float | None = None
+    blur_sigma: float = 1.0
+    kernel_size: int = 5
+    eval_mode: bool = False
+    rand_pos: float = 0.5
+    update_ratio: float = 1.0
+    upper_lambda: float = 1.0
+
+    @classmethod
+    def presets(cls, dataset: str) -> dict[str, Any]:
+        """α = 1 everywhere."""
+        return {"mixup_alpha": 1.0}
+
+    def __post_init__(self) -> None:
+        if self.mixup_alpha is None:
+            self.mixup_alpha = self.presets("")["mixup_alpha"]
+        assert self.mixup_alpha is not None
+        if self.mixup_alpha < 0:
+            raise ValueError(f"mixup_alpha must not be negative: {self.mixup_alpha}")
+        if not self.blur_sigma > 0:
+            raise ValueError(f"blur_sigma must be positive: {self.blur_sigma}")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive: {self.kernel_size}")
+        for name in ("rand_pos", "update_ratio", "upper_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1]: {getattr(self, name)}")
+
+    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> SimpleNamespace:
+        """``lam``, ``permutation`` [B] and ``candidates`` [K, 2] of distinct (dy, dx), or None for every offset."""
+        assert self.mixup_alpha is not None
+        lam = self.upper_lambda * (rng.beta(self.mixup_alpha, self.mixup_alpha) if self.mixup_alpha > 0 else 0.5)
+        permutation = rng.permutation(batch)
+        candidates = None
+        if self.rand_pos < 1:
+            rows, columns = 2 * height - 1, 2 * width - 1
+            count = max(1, math.floor(rows * columns * self.rand_pos))
+            index = rng.choice(rows * columns, size=count, replace=False)
+            candidates = np.stack([index // columns - (height - 1), index % columns - (width - 1)], axis=1)
+        return SimpleNamespace(lam=lam, permutation=permutation, candidates=candidates)
+
+    def step(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Any) -> Step:
+        """r·L(mixed) of ``images`` [B, C, H, W], ``labels`` [B].
+
+        The weight gradient of (1 − r)·L(clean) is already in the parameters' ``.grad`` when this returns; with r = 1
+        nothing is. Leaves the network in train mode. ``draws.lam`` may be a number or a tensor of one.
+
+        Raises:
+            ValueError: images too small for the blur.
+        """
+        if min(images.shape[2:]) <= self.kernel_size // 2:
+            raise ValueError(f"images of {tuple(images.shape[2:])} are too small for kernel_size {self.kernel_size}")
+        permutation = as_index(draws.permutation, images.device)
+        clean = one_hot(labels, self.num_classes)
+        model.train(not self.eval_mode)
+        gradient, _ = input_gradient(model, images, lambda logits: bce_loss(logits, clean), 1 - self.update_ratio)
+        model.train()
+        with torch.no_grad():
+            saliency = ones_where_zero(gaussian_blur(mean_magnitude(gradient), self.kernel_size, self.blur_sigma))
+            unit = saliency / saliency.sum(dim=(1, 2), keepdim=True)
+            share_a, share_b = _floored(draws.lam), _floored(1 - draws.lam)
+            a, b = share_a * unit, share_b * unit[permutation]
+            partner = images[permutation]
+            mixed, mask = _blend(images, partner, a, b, best_offsets(a, b, draws.candidates))
+            targets = mixed_targets(labels, permutation, mask.mean(dim=(1, 2)), self.num_classes)
+        logits = model(mixed)
+        return Step(
+            loss=self.update_ratio * bce_loss(logits, targets),
+            logits=logits,
+            targets=targets,
+            mixed=mixed,
+            partner=partner,
+            saliency=(saliency, saliency[permutation]),
+            mask=mask,
+        )
+
+
+def _floored(share: Any) -> Any:
+    """A share of mass as a float, or as a tensor on its device, of at least 1e-12."""
+    return share.clamp(min=1e-12) if isinstance(share, Tensor) else max(float(share), 1e-12)

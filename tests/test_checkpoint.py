@@ -1,0 +1,132 @@
+"""Checkpoints and files: whole or not at all, and never trusted blindly."""
+
+from __future__ import annotations
+
+import os
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from utils import checkpoint
+from utils.files import UserError, atomic_write
+
+
+def state(epoch: int) -> dict[str, Any]:
+    return {"sage": 1, "state_dict": {"weight": torch.full((300,), float(epoch))}, "progress": {"epoch": epoch}}
+
+
+def test_last_previous_and_best_are_kept(tmp_path: Path) -> None:
+    for epoch in range(3):
+        checkpoint.save(state(epoch), tmp_path, best=epoch == 1)
+    found = {name: checkpoint.load(tmp_path / name)["progress"]["epoch"] for name in os.listdir(tmp_path)}
+    assert found == {checkpoint.LAST: 2, checkpoint.PREVIOUS: 1, checkpoint.BEST: 1}
+
+
+def test_a_checkpoint_is_an_ordinary_archive(tmp_path: Path) -> None:
+    checkpoint.save(state(5), tmp_path)
+    assert torch.load(tmp_path / checkpoint.LAST, weights_only=True)["progress"] == {"epoch": 5}
+
+
+def test_every_damage_is_found_and_the_one_before_is_used(tmp_path: Path) -> None:
+    checkpoint.save(state(1), tmp_path)
+    checkpoint.save(state(2), tmp_path)
+    path = tmp_path / checkpoint.LAST
+    whole = path.read_bytes()
+    places = np.unique(np.linspace(0, len(whole) - 1, 250).astype(int))
+    for place in places:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << (place % 8)
+        for damaged in (bytes(flipped), whole[:place]):
+            path.write_bytes(damaged)
+            with pytest.raises(checkpoint.DamagedCheckpoint, match=r"damaged|cannot be read"):
+                checkpoint.load(path)
+            found = checkpoint.load_last(tmp_path)
+            assert found is not None
+            assert found["progress"]["epoch"] == 1
+    path.write_bytes(whole)
+    assert checkpoint.load_last(tmp_path)["progress"]["epoch"] == 2  # type: ignore[index]
+
+
+def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    assert checkpoint.load_last(tmp_path) is None
+    with pytest.raises(UserError, match="nowhere"):
+        checkpoint.load(tmp_path / "nowhere")
+
+
+def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "name"
+    path.write_text("old")
+    with pytest.raises(OSError, match="full"), atomic_write(path, "w") as file:
+        file.write("half")
+        raise OSError("full")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["name"]
+
+
+class AverageMeter:
+    """What published training code pickles beside the weights."""
+
+    def __init__(self) -> None:
+        self.values = np.arange(3.0)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_published_checkpoints_open_without_their_classes(
+    tmp_path: Path, zipped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AverageMeter, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "AverageMeter", AverageMeter, raising=False)
+    published = {
+        "epoch": 3,
+        "arch": "x",
+        "recorder": AverageMeter(),
+        "state_dict": {"module.fc.bias": torch.arange(3.0)},
+    }
+    torch.save(published, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=zipped)
+    monkeypatch.delattr(sys.modules["__main__"], "AverageMeter")
+    found = checkpoint.load(tmp_path / "old.pth.tar")
+    assert isinstance(found["recorder"], checkpoint.Inert)
+    assert found["state_dict"]["module.fc.bias"].tolist() == [0, 1, 2]
+
+
+HOSTILE = {
+    "REDUCE": b"\x80\x02cos\nsystem\nX\x0d\x00\x00\x00touch PWNED_00\x85R.",
+    "INST": b"(X\x0d\x00\x00\x00touch PWNED_00ios\nsystem\n.",
+    "OBJ": b"(cos\nsystem\nX\x0d\x00\x00\x00touch PWNED_00o.",
+    "NEWOBJ": b"\x80\x02csubprocess\nPopen\n]X\x05\x00\x00\x00touchaX\x08\x00\x00\x00PWNED_00a\x85\x81.",
+    "NEWOBJ_EX": b"\x80\x04csubprocess\nPopen\n]X\x05\x00\x00\x00touchaX\x08\x00\x00\x00PWNED_00a\x85}\x92.",
+    "STACK_GLOBAL": b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0etouch PWNED_00\x85R.",
+    "MEMOIZED_NAMES": b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94h\x00h\x01\x93\x8c\x0etouch PWNED_00\x85R.",
+    "BUILTIN": b"\x80\x02c__builtin__\neval\nX\x01\x00\x00\x001\x85R.",
+    "BUILD": b"\x80\x02cos\nenviron\n}X\x01\x00\x00\x00aX\x01\x00\x00\x00bsb.",
+    "EXT1": b"\x80\x02\x82\x01.",
+    "TORCH": b"\x80\x02ctorch.hub\nload\nX\x01\x00\x00\x00x\x85R.",
+    "NESTED_NAME": b"\x80\x04\x8c\x05torch\x8c\x0fos.path.os.system\x93.",
+    "PERSID": b"Pevil\n.",
+}
+
+
+@pytest.mark.parametrize("family", HOSTILE)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_hostile_pickles_are_refused(
+    tmp_path: Path, family: str, zipped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "hostile.pth"
+    if zipped:
+        torch.save({"a": 1}, path)
+        with zipfile.ZipFile(path) as source:
+            members = {name: source.read(name) for name in source.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
+            for name, content in members.items():
+                target.writestr(name, HOSTILE[family] if name.endswith("data.pkl") else content)
+    else:
+        path.write_bytes(HOSTILE[family])
+    with pytest.raises(UserError, match="hostile"):
+        checkpoint.load(path)
+    assert not (tmp_path / "PWNED_00").exists()

@@ -1,0 +1,1 @@
+"""What training needs around the methods: loop, checkpoints, records, runtime."""

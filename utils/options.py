@@ -1,0 +1,288 @@
+"""The command line: every flag once, grouped, with its range checked before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from load_data import DATASETS
+from mixup import METHODS, build_method, setting_defaults
+from models import ARCHITECTURES
+
+# What may differ between two calls that belong to one run.
+NOT_PART_OF_A_RUN = frozenset(
+    [
+        "data_dir",
+        "root_dir",
+        "resume",
+        "evaluate",
+        "overwrite",
+        "checkpoint_minutes",
+        "print_freq",
+        "ngpu",
+        "workers",
+        "mp",
+        "log_off",
+        "job_id",
+    ]
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, without the usage of sixty flags in front."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def boolean(text: str) -> bool:
+    """true/false/yes/no/t/f/y/n/1/0 in any case."""
+    value = text.lower()
+    if value in ("true", "yes", "t", "y", "1"):
+        return True
+    if value in ("false", "no", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is not one of true, false, yes, no, t, f, 1, 0")
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> Callable:
+    """A parser for finite numbers in [low, high] and greater than ``above``."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {'a whole number' if kind is int else 'a number'}"
+            ) from None
+        if not (math.isfinite(value) and low <= value <= high and value > above):
+            bounds = [f"above {above:g}"] * (above > -math.inf) + [f"at least {low:g}"] * (low > -math.inf)
+            bounds += [f"at most {high:g}"] * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"{text} is out of range: must be {' and '.join(bounds) or 'finite'}")
+        return value
+
+    return parse
+
+
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """A parser for names that suggests the nearest one."""
+
+    def parse(text: str) -> str:
+        if text in names:
+            return text
+        near = difflib.get_close_matches(text, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise argparse.ArgumentTypeError(f"unknown name {text!r}: {hint}choose from {', '.join(names)}")
+
+    return parse
+
+
+def make_parser() -> Parser:
+    """All flags with their defaults; a method's settings default to None, meaning its preset."""
+    parser = Parser(
+        prog="main.py",
+        description="Train and evaluate SAGE and the methods it is compared with.",
+        epilog="A value given on the command line always wins over a method's preset.",
+        allow_abbrev=False,
+    )
+    positive = number(int, low=1)
+    non_negative, at_least_zero = number(int, low=0), number(float, low=0)
+
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--dataset", type=one_of(DATASETS), default="cifar10", help=f"{', '.join(DATASETS)} (default: %(default)s)")
+    add("--data_dir", default="cifar10", help="where the images are, or are downloaded to (default: %(default)s)")
+    add("--image_size", type=number(int, low=8), help="side to bring the images of --dataset folder to")
+    add("--labels_per_class", type=positive, default=5000, help="training images of each class (default: %(default)s)")
+    add("--valid_labels_per_class", type=non_negative, default=0, help="others set aside for validation (default: 0)")
+    add(
+        "--workers",
+        type=non_negative,
+        default=2,
+        help="accepted, without effect: images are decoded once, by all cores",
+    )
+
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add(
+        "--arch",
+        type=one_of(ARCHITECTURES),
+        default="wrn28_10",
+        help=f"{', '.join(ARCHITECTURES)} (default: %(default)s)",
+    )
+    add("--initial_channels", type=positive, default=64, help="width of the preactresnet family (default: %(default)s)")
+    add("--dropout", type=boolean, default=False, help="dropout 1/2 before the classifier (default: False)")
+
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--method", type=one_of(tuple(METHODS)), default="vanilla", help=f"{', '.join(METHODS)} (default: %(default)s)")
+    add("--epochs", type=positive, default=300, help="(default: %(default)s)")
+    add("--batch_size", type=positive, default=100, help="(default: %(default)s)")
+    add("--learning_rate", type=number(float, above=0), default=0.1, help="(default: %(default)s)")
+    add("--momentum", type=number(float, low=0, high=1), default=0.9, help="Nesterov momentum (default: %(default)s)")
+    add("--decay", type=at_least_zero, default=0.0001, help="weight decay (default: %(default)s)")
+    add(
+        "--schedule",
+        type=non_negative,
+        nargs="+",
+        default=[150, 225],
+        help="epochs at which the rate changes (default: 150 225)",
+    )
+    add(
+        "--gammas",
+        type=number(float, above=0),
+        nargs="+",
+        default=[0.1, 0.1],
+        help="its factors there (default: 0.1 0.1)",
+    )
+    add("--seed", type=non_negative, default=0, help="(default: %(default)s)")
+    add("--start_epoch", type=non_negative, default=0, help="count epochs from here (default: 0)")
+
+    group = parser.add_argument_group("machine")
+    add = group.add_argument
+    add("--ngpu", type=non_negative, default=1, help="0: the CPU; 1: the GPU, or the CPU with a warning (default: 1)")
+    add(
+        "--fast",
+        type=boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        help="bfloat16, channels-last, compiled (default: False)",
+    )
+    add("--deterministic", type=boolean, default=False, help="bitwise repeatable on CUDA, slower (default: False)")
+
+    group = parser.add_argument_group("records")
+    add = group.add_argument
+    add("--root_dir", default="experiments", help="a folder of runs, one folder each (default: %(default)s)")
+    add("--add_name", default="", help="appended to the run's name")
+    add("--job_id", default="0", help="your scheduler's job, noted in config.json (default: 0)")
+    add(
+        "--print_freq",
+        type=positive,
+        default=100,
+        help="batches between lines where there is no terminal (default: 100)",
+    )
+    add("--log_off", type=boolean, default=False, help="train without writing files (default: False)")
+    add(
+        "--checkpoint_minutes",
+        type=number(float, above=0),
+        default=5,
+        help="save this often within an epoch (default: 5)",
+    )
+    add(
+        "--overwrite",
+        type=boolean,
+        default=False,
+        help="start anew; the old folder is kept under another name (default: False)",
+    )
+    add("--resume", default="", help="checkpoint to continue from, or to evaluate; a run's own is found without this")
+    add(
+        "--evaluate",
+        type=boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        help="print the test numbers of --resume and stop",
+    )
+
+    add_method_flags(parser)
+    return parser
+
+
+def add_method_flags(parser: Parser) -> None:
+    """Flags of the methods' settings; their defaults live in the methods."""
+    defaults = setting_defaults()
+    group = parser.add_argument_group("methods (defaults apply where the method has no preset)")
+
+    def add(name: str, kind: Callable, text: str) -> None:
+        if name in defaults:
+            text += f" (default: {defaults[name]})" if defaults[name] is not None else ""
+            group.add_argument(f"--{name}", type=kind, help=text)
+
+    positive, share = number(int, low=1), number(float, low=0, high=1)
+    at_least_zero, blocks = number(float, low=0), number(int, low=-1)
+    add("mixup_alpha", at_least_zero, "λ ~ Beta(alpha, alpha)")
+    add("prob_mix", share, "share of each batch that is mixed: input, manifold, cutmix, puzzle, comix")
+    add("mix_schedule", one_of(("fixed", "scheduled", "delayed")), "how that share grows: fixed, scheduled, delayed")
+    add("mix_scheduled_epoch", positive, "epoch at which it is reached")
+    add("clean_lam", at_least_zero, "weight of the clean loss in the saliency pass: puzzle, comix")
+    add("upper_lambda", number(float, above=0, high=1), "sage: λ is this times the Beta draw")
+    add(
+        "rand_pos", number(float, above=0, high=1), "sage: share of all offsets that are searched; 1 searches every one"
+    )
+    add("update_ratio", share, "sage: share of the mixed loss; the rest is the clean loss")
+    add("blur_sigma", number(float, above=0), "sage: σ of the Gaussian blur of the saliency, in pixels")
+    add("kernel_size", positive, "sage: its width in pixels, odd")
+    add("eval_mode", boolean, "sage: clean pass in evaluation mode")
+    add("n_labels", number(int, low=2), "puzzle: mask values")
+    add("beta", at_least_zero, "puzzle: smoothness of the mask")
+    add("gamma", at_least_zero, "puzzle: smoothness of the mixed image")
+    add("eta", at_least_zero, "puzzle: weight of the prior")
+    add("neigh_size", positive, "puzzle: pooling of neighbour distances, in pixels")
+    add("transport", boolean, "puzzle: move blocks")
+    add("t_eps", at_least_zero, "puzzle: cost of moving a block")
+    add("t_size", number(int, low=-1), "puzzle: side of the blocks that move, in pixels; -1: the mask's blocks")
+    add("adv_eps", at_least_zero, "puzzle: size of the adversarial perturbation, of 255")
+    add("adv_p", share, "puzzle: probability of the adversarial perturbation")
+    group.add_argument(
+        "--mp", type=number(int, low=0), default=8, help="accepted, without effect: there is no process pool"
+    )
+    add("m_block_num", blocks, "comix: blocks a side; -1: 2, 4, 8 or 16 at random")
+    add("m_part", positive, "comix: images that are mixed among themselves")
+    add("m_beta", at_least_zero, "comix: smoothness of the masks")
+    add("m_gamma", at_least_zero, "comix: diversity")
+    add("m_thres", at_least_zero, "comix: threshold of the diversity term")
+    add("m_thres_type", one_of(("hard", "soft")), "comix: hard or soft threshold")
+    add("m_eta", at_least_zero, "comix: weight of the prior")
+    add("m_omega", share, "comix: weight of the compatibility of distant saliency")
+    add("set_resolve", boolean, "comix: keep two outputs from using the same images")
+    add("m_niter", positive, "comix: rounds")
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
+    """Arguments, checked, and the names of those that were typed. Leaves with exit code 2 on a bad one."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    typed = set(vars(parser.parse_args(argv)))
+    problem = find_problem(args)
+    if problem:
+        parser.error(problem)
+    return args, typed
+
+
+def find_problem(args: argparse.Namespace) -> str | None:
+    """What is wrong with a combination of arguments, or None."""
+    if len(args.schedule) != len(args.gammas):
+        return f"--schedule has {len(args.schedule)} epochs but --gammas {len(args.gammas)} factors"
+    if args.schedule != sorted(args.schedule):
+        return f"--schedule {' '.join(map(str, args.schedule))} is not in rising order"
+    if args.start_epoch >= args.epochs:
+        return f"--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}"
+    if args.evaluate and not args.resume:
+        return "--evaluate needs --resume with the checkpoint to evaluate"
+    if "/" in args.add_name or "\0" in args.add_name:
+        return f"--add_name {args.add_name!r} becomes part of a folder's name and may hold no slash"
+    try:
+        build_method(args.method, args.dataset, 2, **method_settings(args))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def method_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The methods' settings that were typed, by flag name."""
+    names = setting_defaults().keys() & vars(args).keys()
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def command_line() -> str:
+    """The command as it can be pasted again."""
+    import shlex
+
+    return shlex.join(["python3", *sys.argv])

@@ -1,0 +1,92 @@
+"""Device, precision, seeds and signals: what a run stands on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import signal
+import sys
+import warnings
+from types import FrameType
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def pick_device(ngpu: int) -> tuple[torch.device, str | None]:
+    """The device for ``--ngpu`` and, where it is not what was asked for, one line that says so."""
+    if ngpu == 0:
+        return torch.device("cpu"), None
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device()), None
+    if torch.backends.mps.is_available():
+        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+        return torch.device("mps"), None
+    return torch.device("cpu"), f"--ngpu {ngpu}: no GPU that this PyTorch can use was found; training on the CPU"
+
+
+def device_name(device: torch.device) -> str:
+    """What a reader of the log calls the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+
+
+def set_precision(deterministic: bool) -> None:
+    """TF32 as in the PyTorch the paper used, cuDNN autotuning; or bitwise repeatability on CUDA, at its price."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer releases rename these switches, older ones know only these
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def prepare(model: nn.Module, device: torch.device, fast: bool) -> nn.Module:
+    """The model on its device, in the layout that is quickest there.
+
+    With ``fast``, its forward runs in bfloat16 autocast (compiled on CUDA): the same network, cheaper. Weights, loss,
+    saliency, search and blend stay float32.
+    """
+    model = model.to(device)
+    if fast or device.type == "cpu":
+        model = model.to(memory_format=torch.channels_last)
+    if fast:
+        forward = torch.compile(model.forward) if device.type == "cuda" else model.forward
+        model.forward = torch.autocast(device.type, dtype=torch.bfloat16)(forward)
+    return model
+
+
+def step_generator(seed: int, epoch: int, step: int) -> np.random.Generator:
+    """The generator of one batch. Randomness depends on (seed, epoch, step) alone, so a run can be continued at any
+    batch without any generator's state; PyTorch's own generator (dropout) is seeded from it as well."""
+    rng = np.random.default_rng((seed, epoch, step))
+    torch.manual_seed(int(rng.integers(2**63)))
+    return rng
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory in GB so far: allocated on a CUDA device, resident in the process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak / 1e6
+
+
+class StopSignal:
+    """Remembers SIGTERM, SIGINT or SIGUSR1 so that the loop can finish its batch and save; a second SIGINT stops at
+    once. ``exit_code`` is 0 until a signal came, then 130 (SIGINT) or 143."""
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.exit_code = 130 if number == signal.SIGINT else 143

@@ -1,0 +1,321 @@
+"""The loop: batches through a method's step, the optimiser, evaluation, checkpoints and records."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from load_data import Data, Split, steps_per_epoch, test_batches, train_batches
+from mixup.base import Method
+
+from . import checkpoint, records
+from .files import UserError
+from .records import log
+from .runtime import StopSignal, peak_memory, step_generator
+
+EVALUATION_BATCH = {"cpu": 250, "mps": 500, "cuda": 2000}
+MIXED = "mixed.png"
+CURVES_SECONDS = 20  # drawing takes half a second; refreshed at most this often while running
+
+
+@dataclass
+class Progress:
+    """Where a run stands: everything a checkpoint holds beside weights and optimiser.
+
+    Attributes:
+        epoch: the epoch in progress, or the next one, from 0.
+        step: batches of it that are done.
+        sums: of the epoch so far: loss × images, top-1 hits, top-5 hits, images.
+        seconds: spent on the epoch before the last restart.
+        rows: a row of records.COLUMNS for every finished epoch.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])
+    seconds: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def best(self) -> float:
+        return max((row["test_top1"] for row in self.rows), default=0.0)
+
+
+@dataclass
+class Run:
+    """What training works on; ``folder`` is None when nothing is written."""
+
+    args: argparse.Namespace
+    settings: dict[str, Any]
+    folder: Path | None
+    device: torch.device
+    data: Data
+    model: nn.Module
+    method: Method
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    stop: StopSignal
+
+    def save(self, best: bool = False) -> None:
+        """Write the checkpoint; a failing disk stops the run with one line, the one before stays."""
+        if self.folder is None:
+            return
+        state = {
+            "sage": 1,  # version of this layout
+            "settings": self.settings,
+            "classes": self.data.classes,
+            "mean": self.data.mean,
+            "std": self.data.std,
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": asdict(self.progress),
+        }
+        try:
+            checkpoint.save(state, self.folder, best)
+        except OSError as error:
+            raise UserError(
+                f"cannot write a checkpoint into {self.folder}: {error.strerror or error}; the one before is "
+                f"untouched. Make room there and type the same command again"
+            ) from error
+
+
+def learning_rate(args: argparse.Namespace, epoch: int) -> float:
+    """The base rate times the factors of the milestones that have been reached."""
+    reached = [gamma for milestone, gamma in zip(args.schedule, args.gammas, strict=True) if epoch >= milestone]
+    return args.learning_rate * math.prod(reached)
+
+
+def hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of rows whose label is the largest logit, and among the five largest."""
+    leaders = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return leaders[:, 0].sum(), leaders.sum()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split, data: Data, device: torch.device, prefix: str) -> dict[str, float]:
+    """Top-1, top-5 (in %) and mean cross-entropy of a split, without augmentation."""
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(3, device=device, dtype=sum_type(device))
+    for images, labels in test_batches(split, data, batch_size=EVALUATION_BATCH[device.type], device=device):
+        logits = model(images).float()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([loss, *hits(logits, labels)]).to(sums.dtype)
+    model.train(was_training)
+    return scores([*sums.tolist(), len(split)], prefix)
+
+
+def sum_type(device: torch.device) -> torch.dtype:
+    """Sums are float64, which MPS does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class Meter:
+    """Sums over an epoch, gathered on the device and read back only when somebody asks."""
+
+    def __init__(self, sums: list[float], device: torch.device) -> None:
+        self.sums = torch.tensor(sums, device=device, dtype=sum_type(device))
+        self.first_bad = torch.full((), math.inf, device=device)
+
+    def add(self, step: int, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch; remembers the first step whose loss is not finite."""
+        count = torch.full((), len(labels), device=loss.device)
+        self.sums += torch.stack([loss * count, *hits(logits, labels), count])
+        self.first_bad = torch.where(loss.isfinite(), self.first_bad, self.first_bad.clamp(max=step))
+
+    def read(self, run: Run) -> dict[str, float]:
+        """Put the sums into the run's progress and return the means; stops the run on numbers that went wrong."""
+        run.progress.sums = self.sums.tolist()
+        if math.isfinite(bad := self.first_bad.item()):
+            raise not_finite(run, int(bad))
+        return scores(run.progress.sums, "train")
+
+
+def train_epoch(run: Run) -> None:
+    """The rest of the epoch in progress. Leaves sums, position and seconds in ``run.progress``."""
+    args, device, progress, model = run.args, run.device, run.progress, run.model
+    model.train()
+    total = steps_per_epoch(len(run.data.train), args.batch_size)
+    batches = train_batches(
+        run.data, batch_size=args.batch_size, seed=args.seed, epoch=progress.epoch, device=device, start=progress.step
+    )
+    meter = Meter(progress.sums, device)
+    no_picture = run.folder is not None and not (run.folder / MIXED).exists()
+    saved = shown = last = time.monotonic()
+    with progress_bar(total, progress, args) as bar:
+        for step, (images, labels) in enumerate(batches, start=progress.step):
+            rng = step_generator(args.seed, progress.epoch, step)
+            draws = run.method.draw(rng, len(images), images.shape[2], images.shape[3], progress.epoch)
+            run.optimizer.zero_grad(set_to_none=True)
+            try:
+                result = run.method.step(model, images, labels, draws)
+            except FloatingPointError as error:
+                raise not_finite(run, step) from error
+            result.loss.backward()
+            run.optimizer.step()
+            meter.add(step, result.loss.detach(), result.logits.detach(), labels)
+            progress.step = step + 1
+            if no_picture and run.folder is not None:
+                no_picture = False
+                keep_going(partial(records.draw_mixed, run.folder / MIXED, result, images, run.data))
+
+            bar.update()
+            now = time.monotonic()
+            progress.seconds += now - last
+            last = now
+            if bar.disable and progress.step % args.print_freq == 0:
+                log.info(line_of_batch(progress, total, meter.read(run)))
+            elif not bar.disable and now - shown > 0.5:
+                shown = now
+                bar.set_postfix_str("loss {train_loss:.4f} acc {train_top1:.2f}".format(**meter.read(run)))
+            elif device.type == "cpu":
+                meter.read(run)
+            if run.stop.exit_code or now - saved > 60 * args.checkpoint_minutes:
+                meter.read(run)
+                refuse_bad_weights(run)
+                run.save()
+                saved = time.monotonic()
+            if run.stop.exit_code:
+                return
+    meter.read(run)
+
+
+@contextmanager
+def progress_bar(total: int, progress: Progress, args: argparse.Namespace) -> Iterator[tqdm]:
+    """Shown on a terminal only; elsewhere plain lines take its place."""
+    name = f"epoch {progress.epoch}/{args.epochs}"
+    with tqdm(
+        total=total, initial=progress.step, desc=name, unit="batch", disable=not sys.stderr.isatty(), leave=False
+    ) as bar:
+        yield bar
+
+
+def line_of_batch(progress: Progress, total: int, current: dict[str, float]) -> str:
+    rate = progress.sums[3] / progress.seconds
+    return (
+        f"  Epoch: [{progress.epoch:03d}][{progress.step:03d}/{total:03d}]   Loss {current['train_loss']:.4f}   "
+        f"Prec@1 {current['train_top1']:.3f}   Prec@5 {current['train_top5']:.3f}   {rate:.0f} images/s"
+    )
+
+
+def scores(sums: list[float], prefix: str) -> dict[str, float]:
+    """Means from the sums of loss, top-1 and top-5 hits over images."""
+    loss, top1, top5, count = sums
+    return {f"{prefix}_loss": loss / count, f"{prefix}_top1": 100 * top1 / count, f"{prefix}_top5": 100 * top5 / count}
+
+
+def not_finite(run: Run, step: int) -> UserError:
+    """The error for a loss that is not a number, raised before anything is saved over the last good checkpoint."""
+    epoch, args = run.progress.epoch, run.args
+    return UserError(
+        f"the loss is not finite in epoch {epoch}, step {step} ({args.method}, learning rate "
+        f"{learning_rate(args, epoch):g}). Try a smaller --learning_rate; the last good checkpoint is untouched"
+    )
+
+
+def refuse_bad_weights(run: Run) -> None:
+    """A finite loss can still lead to weights that are not; they must not reach a checkpoint."""
+    if not all(value.isfinite().all() for value in run.model.state_dict().values() if value.is_floating_point()):
+        raise not_finite(run, run.progress.step)
+
+
+def keep_going(write: Any) -> None:
+    """Do something a run can live without; say so if the disk refuses."""
+    try:
+        write()
+    except OSError as error:
+        log.warning(f"warning: {error}; training goes on without that file")
+
+
+def fit(run: Run) -> None:
+    """Train to the last epoch, or until a signal; everything is saved when this returns."""
+    args, progress = run.args, run.progress
+    writer = open_tensorboard(run)
+    drawn = -math.inf
+    while progress.epoch < args.epochs and not run.stop.exit_code:
+        rate = learning_rate(args, progress.epoch)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        done = sum(row["seconds"] for row in progress.rows) / max(1, len(progress.rows))
+        left = done * (args.epochs - progress.epoch)
+        log.info(records.line_of_epoch(progress.epoch, args.epochs, rate, progress.best, left))
+        train_epoch(run)
+        if run.stop.exit_code:
+            break
+        row = finish_epoch(run, rate)
+        report_epoch(run, row, writer)
+        if time.monotonic() - drawn > CURVES_SECONDS:
+            draw_curves(run)
+            drawn = time.monotonic()
+    if writer is not None:
+        writer.close()
+
+
+def finish_epoch(run: Run, rate: float) -> dict[str, Any]:
+    """Evaluate, save, and return the epoch's row."""
+    progress = run.progress
+    started = time.monotonic()
+    row: dict[str, Any] = dict.fromkeys(records.COLUMNS)
+    row.update(epoch=progress.epoch, learning_rate=rate, **scores(progress.sums, "train"))
+    if run.data.valid is not None:
+        row.update(evaluate(run.model, run.data.valid, run.data, run.device, "valid"))
+    row.update(evaluate(run.model, run.data.test, run.data, run.device, "test"))
+    if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
+        raise not_finite(run, progress.step)
+    refuse_bad_weights(run)
+    row.update(
+        best_top1=max(progress.best, row["test_top1"]),
+        seconds=round(progress.seconds + time.monotonic() - started, 3),
+        images_per_second=round(progress.sums[3] / progress.seconds, 1),
+        peak_memory_gb=round(peak_memory(run.device), 1),
+    )
+    is_best = row["test_top1"] > progress.best or not progress.rows
+    progress.rows.append(row)
+    progress.epoch, progress.step, progress.sums, progress.seconds = progress.epoch + 1, 0, [0.0] * 4, 0.0
+    run.save(is_best)
+    return row
+
+
+def report_epoch(run: Run, row: dict[str, Any], writer: Any) -> None:
+    """The epoch's lines, metrics.csv and TensorBoard scalars."""
+    log.info(records.line_of_scores("Train", row, "train"))
+    if run.data.valid is not None:
+        log.info(records.line_of_scores("Valid", row, "valid"))
+    log.info(records.line_of_scores("Test", row, "test"))
+    log.info(f"  {row['seconds']:.1f} s, {row['images_per_second']:.0f} images/s in training")
+    if run.folder is not None:
+        keep_going(partial(records.write_metrics, run.folder / "metrics.csv", run.progress.rows))
+    if writer is not None:
+        for name, value in row.items():
+            if isinstance(value, float):
+                writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+        keep_going(writer.flush)
+
+
+def draw_curves(run: Run) -> None:
+    """curves.png of the epochs so far."""
+    if run.folder is not None and run.progress.rows:
+        title, path = run.folder.name, run.folder / "curves.png"
+        keep_going(partial(records.draw_curves, path, run.progress.rows, title, run.args.schedule))
+
+
+def open_tensorboard(run: Run) -> Any:
+    """A writer for the run's folder that drops what a killed run wrote after its last checkpoint."""
+    if run.folder is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # slow to import: only when it is used
+
+    return SummaryWriter(str(run.folder), purge_step=run.progress.epoch)
