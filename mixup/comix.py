@@ -260,8 +260,7 @@ def _minimise(
     done, before = np.zeros(parts, np.bool_), np.full(parts, np.inf)
 
     # Labels 0 … n−1 are the images, n … n+2 soft: which two images one means differs from cut to cut.
-    labels, slot = n + 3, np.arange(3)
-    unary = np.empty((parts, cells, labels), np.float32)
+    labels, soft = n + 3, n + np.arange(3)
     images = np.broadcast_to(np.arange(n)[:, None], (parts, n, 2))
     _, potts, down, across = scale_floats(
         0.0, 1 - np.eye(labels), np.full((g - 1, g), beta, np.float32), np.full((g, g - 1), beta, np.float32)
@@ -281,21 +280,23 @@ def _minimise(
             load = (matrix @ total[:, :, None])[:, :, 0]
             over = load > threshold
             modular = (matrix @ (total * over)[:, :, None])[:, :, 0] if hard else (load - threshold) * over
-            unary[:, :, :n] = cost + 2 * gamma * modular[:, None] + gamma * extra[:, o, None]
-            pairs, number = _soft_pairs(counts[:, o] if index else np.zeros((parts, n), np.float32))
-            halves = (np.take_along_axis(unary, pairs[:, None, :, k], axis=2) for k in (0, 1))
-            unary[:, :, n:] = sum(halves) / 2 - SOFT_BONUS
-            energy = (unary * UNARY_SCALE).astype(np.int64)
-            energy[:, :, n:] = np.where(slot < number[:, None], energy[:, :, n:], UNUSED)
-            distance[:, n:] = potts[n:]
-            for k in (0, 1):
-                distance[part, n + slot, pairs[:, :, k]] = close
-            distance[:, :, n:] = distance[:, n:].transpose(0, 2, 1)
-            images_of = np.concatenate((images, pairs), axis=1)
+            unary = cost + 2 * gamma * modular[:, None] + gamma * extra[:, o, None]
+            energy, images_of = (unary * UNARY_SCALE).astype(np.int64), images
+            largest = int(np.abs(energy).max())
+            if index > 0:
+                pairs, number = _soft_pairs(counts[:, o])
+                halves = (np.take_along_axis(unary, pairs[:, None, :, k], axis=2) for k in (0, 1))
+                means = ((sum(halves) / 2 - SOFT_BONUS) * UNARY_SCALE).astype(np.int64)
+                means = np.where(np.arange(3) < number[:, None], means, UNUSED)
+                energy = np.concatenate((energy, means), axis=2)
+                images_of = np.concatenate((images, pairs), axis=1)
+                distance[:, n:] = potts[n:]
+                for k in (0, 1):
+                    distance[part, soft, pairs[:, :, k]] = close
+                distance[:, :, n:] = distance[:, n:].transpose(0, 2, 1)
             beats = (energy[:, :, None, :] > (energy + margin)[:, :, :, None]).all(axis=1)
             wins, loses = _bits(beats), _bits(beats.transpose(0, 2, 1))
-            largest = int(np.abs(energy[:, :, :n]).max())
-            swap = solver(largest, weight, DISTANCE_SCALE, cells * labels)
+            swap = solver(largest, weight, DISTANCE_SCALE, energy[0].size)
             for p in np.flatnonzero(~done):
                 keep = _reachable(wins[p], loses[p])
                 if keep.size > 1:
@@ -367,6 +368,9 @@ def _reachable(wins: list[int], loses: list[int]) -> NDArray[np.int64]:
                 elif loses[a] >> b & 1:
                     possible ^= 1 << a
                 ever |= possible
+        others = (1 << count) - 1 & ~possible
+        if all(others & ~wins[a] == 0 for a in range(count) if possible >> a & 1):
+            break  # what is left in use gives nothing away any more
     return np.array([label for label in range(count) if ever >> label & 1])
 
 

@@ -25,7 +25,8 @@ def swap(unary: ArrayLike, distance: ArrayLike, vertical: ArrayLike, horizontal:
     """Labels of low energy Σ unary + Σ over neighbours of weight·distance, by α-β swaps until none lowers it.
 
     Starts from label 0 everywhere and takes the pairs in gco's order, α ascending, β descending; where several cuts
-    are minimal, as many cells as possible get α, which is what gco does.
+    are minimal, as many cells as possible get α, which is what gco does. A batch ends when the sum of its energies
+    stops falling; a grid with many ties can differ then from what it gets alone, at the same energy or lower.
 
     Args:
         unary: [H, W, L] or [B, H, W, L] integer cost of every label in every cell. A batch is solved as one graph,
@@ -61,13 +62,9 @@ def swap(unary: ArrayLike, distance: ArrayLike, vertical: ArrayLike, horizontal:
 
     weight = max(int(vertical.max(initial=0)), int(horizontal.max(initial=0)))
     solve = solver(max(int(unary.max()), -int(unary.min())), weight, int(distance.max()), unary.size)
-    grids = solve(
-        unary.reshape(-1, height, width, labels),
-        distance,
-        vertical.reshape(-1, height - 1, width),
-        horizontal.reshape(-1, height, width - 1),
-    )
-    return grids.reshape(*batch, height, width)
+    if batch:
+        return solve(unary, distance, vertical, horizontal)
+    return solve(unary[None], distance, vertical[None], horizontal[None])[0]
 
 
 def solver(unary: int, weight: int, distance: int, terms: int) -> Callable[..., NDArray[np.int64]]:
@@ -210,7 +207,7 @@ def _movable(
 
 
 def _sink_side(saving: NDArray, tail: NDArray, head: NDArray, capacity: NDArray) -> NDArray[np.bool_]:
-    """The smallest sink side of a minimum cut. A node [N] pays ``saving`` there, or what it is below 0 at the source."""
+    """The smallest sink side of a minimum cut. A node pays its ``saving`` [N] there, or −saving at the source."""
     max_flow = _ortools()
     source, sink = saving.size, saving.size + 1
     wins, loses = np.flatnonzero(saving > 0), np.flatnonzero(saving < 0)

@@ -1,0 +1,216 @@
+"""Grid cuts: both solvers against brute force and against each other."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixup import gridcut
+from mixup.gridcut import scale_floats, swap, swap_gco, swap_ortools
+from utils.files import UserError
+
+
+def squared(labels):
+    steps = np.arange(labels)
+    return (steps[:, None] - steps) ** 2
+
+
+def random_grids(rng, batch, height, width, labels, largest, metric="squared"):
+    """Energies 0 … largest: ties everywhere where it is small."""
+    if metric == "any":
+        distance = rng.integers(0, largest + 1, (labels, labels))
+        distance = np.triu(distance, 1) + np.triu(distance, 1).T
+    else:
+        distance = squared(labels) if metric == "squared" else 1 - np.eye(labels, dtype=int)
+    return (
+        rng.integers(-largest, largest + 1, (batch, height, width, labels)),
+        distance,
+        rng.integers(0, largest + 1, (batch, height - 1, width)),
+        rng.integers(0, largest + 1, (batch, height, width - 1)),
+    )
+
+
+def energy(labels, unary, distance, vertical, horizontal):
+    """Of each grid [B]."""
+    cells = np.take_along_axis(unary, labels[..., None], axis=-1).sum(axis=(1, 2, 3))
+    down = (vertical * distance[labels[:, :-1], labels[:, 1:]]).sum(axis=(1, 2))
+    return cells + down + (horizontal * distance[labels[:, :, :-1], labels[:, :, 1:]]).sum(axis=(1, 2))
+
+
+def best_swap(labels, alpha, beta, *terms):
+    """Of all ways to share the cells of one grid that have α or β between the two, the cheapest with the most α."""
+    cells = np.flatnonzero((labels == alpha) | (labels == beta))
+    tries = np.repeat(labels[None], 2 ** len(cells), axis=0).reshape(-1, labels.size)
+    choices = np.array(list(itertools.product((alpha, beta), repeat=len(cells))), dtype=int).reshape(len(tries), -1)
+    tries[:, cells] = choices
+    tries = tries.reshape(-1, *labels.shape)
+    unary, distance, vertical, horizontal = terms
+    energies = energy(
+        tries,
+        *(
+            np.broadcast_to(x, (len(tries), *x.shape)) if i != 1 else x
+            for i, x in enumerate((unary, distance, vertical, horizontal))
+        ),
+    )
+    order = np.lexsort(((tries == beta).sum(axis=(1, 2)), energies))
+    return tries[order[0]], energies[order[0]]
+
+
+def brute_swap(unary, distance, vertical, horizontal):
+    """The swap of one grid by trying everything."""
+    labels = np.zeros(unary.shape[:2], int)
+    count = unary.shape[-1]
+    before, now = None, energy(labels[None], unary[None], distance, vertical[None], horizontal[None])[0]
+    while before is None or now < before:
+        for alpha in range(count):
+            for beta in range(count - 1, alpha, -1):
+                labels, _ = best_swap(labels, alpha, beta, unary, distance, vertical, horizontal)
+        before, now = now, energy(labels[None], unary[None], distance, vertical[None], horizontal[None])[0]
+    return labels
+
+
+@pytest.mark.parametrize("metric", ["squared", "potts", "any"])
+@pytest.mark.parametrize("largest", [1, 2, 5, 1000])
+def test_labels_are_those_of_brute_force_ties_included(metric, largest):
+    rng = np.random.default_rng(largest)
+    for _ in range(12):
+        height, width, labels = rng.integers(1, 4), rng.integers(1, 4), rng.integers(2, 5)
+        terms = random_grids(rng, 1, height, width, labels, largest, metric)
+        single = [x if x is terms[1] else x[0] for x in terms]
+        expected = brute_swap(*single)
+        np.testing.assert_array_equal(swap_ortools(*terms)[0], expected)
+        np.testing.assert_array_equal(swap(*single), expected)
+
+
+@pytest.mark.parametrize(
+    ("labels", "largest", "metric"),
+    [(2, 1, "squared"), (3, 2, "squared"), (3, 1000, "squared"), (4, 3, "any"), (4, 10**4, "any"), (7, 4, "potts")],
+)
+def test_both_solvers_agree_on_thousands_of_grids(labels, largest, metric):
+    pytest.importorskip("gco")
+    rng = np.random.default_rng(labels)
+    for height, width in [(2, 2), (4, 4), (3, 7), (1, 6), (8, 8)]:
+        terms = random_grids(rng, 200, height, width, labels, largest, metric)
+        first, second = swap_gco(*terms), swap_ortools(*terms)
+        np.testing.assert_array_equal(first, second)
+        np.testing.assert_array_equal(energy(first, *terms), energy(second, *terms))
+
+
+def test_no_swap_of_two_labels_lowers_the_energy():
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        terms = random_grids(rng, 1, 3, 3, 4, 6)
+        single = [x if x is terms[1] else x[0] for x in terms]
+        labels = swap(*single)
+        reached = energy(labels[None], *terms)[0]
+        for alpha, beta in itertools.combinations(range(4), 2):
+            assert best_swap(labels, alpha, beta, *single)[1] == reached
+
+
+@pytest.mark.parametrize("solve", [swap, swap_ortools])
+def test_a_batch_is_solved_like_its_grids(solve):
+    terms = random_grids(np.random.default_rng(6), 60, 4, 5, 3, 10**5)
+    together = solve(*terms)
+    for index, labels in enumerate(together):
+        alone = [x if x is terms[1] else x[index : index + 1] for x in terms]
+        np.testing.assert_array_equal(solve(*alone)[0], labels)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.integers(1, 6), st.integers(1, 6), st.integers(1, 5), st.integers(0, 9))
+def test_never_worse_than_any_single_label(seed, height, width, labels, largest):
+    terms = random_grids(np.random.default_rng(seed), 3, height, width, labels, largest)
+    copies = [x.copy() for x in terms]
+    found = swap(*terms)
+    assert found.dtype == np.int64
+    assert found.shape == (3, height, width)
+    for x, copy in zip(terms, copies, strict=True):
+        np.testing.assert_array_equal(x, copy)
+    assert (energy(found, *terms) <= terms[0][..., 0].sum(axis=(1, 2))).all()
+    if labels <= 2:  # a single swap is then the global minimum
+        assert (energy(found, *terms) <= terms[0].min(axis=-1).sum(axis=(1, 2)) + 10**9 * (largest > 0)).all()
+        assert all(
+            energy(np.full_like(found, k), *terms)[i] >= energy(found, *terms)[i]
+            for k in range(labels)
+            for i in range(3)
+        )
+
+
+def test_strides_and_integer_types_do_not_matter():
+    unary, distance, vertical, horizontal = random_grids(np.random.default_rng(8), 4, 5, 6, 3, 50)
+    expected = swap(unary, distance, vertical, horizontal)
+    strided = np.asfortranarray(np.repeat(unary, 2, axis=2))[:, :, ::2].astype(np.int32, order="K")
+    found = swap(strided, distance.T.astype(np.uint8), vertical.astype(np.int16), horizontal[:, ::-1][:, ::-1])
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("scale", [10**7, 2**31, 2**40])
+def test_energies_beyond_gco_are_solved_exactly(scale):
+    """Weights above 10⁷ would abort the process in gco, sums above 2³¹ wrap around."""
+    terms = random_grids(np.random.default_rng(9), 30, 4, 4, 3, 20)
+    expected = swap_ortools(*terms)
+    unary, distance, vertical, horizontal = terms
+    np.testing.assert_array_equal(swap(unary * scale, distance, vertical * scale, horizontal * scale), expected)
+
+
+def test_one_label_and_one_cell():
+    np.testing.assert_array_equal(swap([[[4], [5]]], [[0]], np.zeros((0, 2), int), [[3]]), [[0, 0]])
+    np.testing.assert_array_equal(swap([[[4, 3, 5]]], squared(3), np.zeros((0, 1), int), np.zeros((1, 0), int)), [[1]])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"unary": np.zeros((2, 2))}, "unary"),
+        ({"unary": np.zeros((2, 2, 2))}, "float64"),
+        ({"unary": np.zeros((0, 2, 2), int)}, r"\(0, 2, 2\)"),
+        ({"unary": np.full((2, 2, 2), 2**61)}, "64 bits"),
+        ({"distance": np.zeros((3, 3), int)}, r"\(3, 3\)"),
+        ({"distance": np.array([[0, -1], [-1, 0]])}, "-1"),
+        ({"distance": np.array([[0, 1], [2, 0]])}, "symmetric"),
+        ({"distance": np.array([[1, 1], [1, 0]])}, "diagonal"),
+        ({"vertical": np.array([[0, -7]])}, "-7"),
+        ({"vertical": np.zeros((2, 2), int)}, "vertical"),
+        ({"horizontal": np.array([[1.5], [0.0]])}, "float64"),
+    ],
+)
+def test_bad_input_is_refused(change, message):
+    good = {
+        "unary": np.zeros((2, 2, 2), int),
+        "distance": squared(2),
+        "vertical": np.zeros((1, 2), int),
+        "horizontal": np.zeros((2, 1), int),
+    }
+    change = {k: v.astype(int) if k == "unary" and v.ndim == 2 else v for k, v in change.items()}
+    with pytest.raises(ValueError, match=message):
+        swap(**{**good, **change})
+
+
+def test_a_missing_solver_names_the_package(monkeypatch):
+    terms = random_grids(np.random.default_rng(0), 1, 2, 2, 2, 5)
+    monkeypatch.setattr(gridcut, "_ortools", lambda: None)
+    with pytest.raises(UserError, match="ortools"):
+        swap(terms[0] * 2**40, *terms[1:])
+    monkeypatch.setattr(gridcut, "_gco", lambda: None)
+    with pytest.raises(UserError, match="pip install ortools") as caught:
+        swap(*terms)
+    assert "\n" not in str(caught.value)
+
+
+def test_floats_become_the_integers_of_gco():
+    rng = np.random.default_rng(3)
+    unary = rng.normal(size=(4, 4, 5)).astype(np.float32)
+    distance = (1 - np.eye(5) * np.float32(1)).astype(np.float32) * np.float32(0.25)
+    vertical, horizontal = np.full((3, 4), 0.02, np.float32), np.full((4, 3), 0.02, np.float32)
+    scaled = scale_floats(unary, distance, vertical, horizontal)
+    assert [x.dtype for x in scaled] == [np.int64] * 4
+    assert scaled[1][0, 1] == 25
+    assert scaled[2][0, 0] == int(np.float32(0.02) * np.float32(1000))
+    np.testing.assert_array_equal(scaled[0], np.trunc(unary * np.float32(100_000)))
+    gco = pytest.importorskip("gco")
+    labels = gco.cut_grid_graph(unary, distance, vertical, horizontal, n_iter=-1, algorithm="swap")
+    np.testing.assert_array_equal(swap(*scaled).ravel(), labels)
