@@ -152,7 +152,14 @@ def steps_per_epoch(number: int, batch_size: int) -> int:
 
 
 def train_batches(
-    data: Data, *, batch_size: int, seed: int, epoch: int, device: torch.device | str, start: int = 0
+    data: Data,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    device: torch.device | str,
+    start: int = 0,
+    part_of: Callable[[int], slice] = slice,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of one epoch over ``data.train``: shuffled, flipped with probability ½, cropped at random, normalised.
 
@@ -161,6 +168,7 @@ def train_batches(
     Args:
         seed, epoch: not negative.
         start: number of the first batch, for a run that continues within an epoch.
+        part_of: from the size of a batch to the part of it to make, for a run of many processes; all of it by default.
 
     Yields:
         images [B, 3, H, W] float32 and labels [B] int64, on ``device``.
@@ -175,9 +183,10 @@ def train_batches(
     normalise = _normaliser(data, device)
     indices = draws[0].to(data.train.images.device)
     for first in range(start * batch_size, number, batch_size):
-        part = slice(first, first + batch_size)
-        images, labels = _fetch(data.train, indices[part], device)
-        _, flip, row, column = draws[:, part]
+        batch = slice(first, min(first + batch_size, number))
+        part = part_of(batch.stop - batch.start)
+        images, labels = _fetch(data.train, indices[batch][part], device)
+        _, flip, row, column = draws[:, batch][:, part]
         if data.flip:
             images = torch.where(flip.bool()[:, None, None, None], images.flip(3), images)
         windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)

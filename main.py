@@ -21,15 +21,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 
 from load_data import Data, load
 from mixup import build_method
-from mixup.base import Method
 from models import build_model
-from utils import checkpoint, options, records, train
-from utils.files import UserError
+from utils import checkpoint, distributed, options, records, runs, train
+from utils.files import BadArguments, UserError
 from utils.records import log
 from utils.runtime import StopSignal, device_name, pick_device, prepare, set_precision
 
@@ -53,40 +51,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1
 
 
-class BadArguments(UserError):
-    """Arguments that turn out not to fit what is there."""
-
-
 def run(args: argparse.Namespace, typed: set[str]) -> int:
     """Train, from the start or from where the run's folder stands."""
+    if args.ngpu > 1 and torch.cuda.device_count() > 1 and not distributed.is_launched():
+        if args.ngpu > torch.cuda.device_count():
+            raise BadArguments(f"--ngpu {args.ngpu}: this box has {torch.cuda.device_count()} GPUs")
+        return distributed.launch(args.ngpu)
+    world = distributed.join(args.ngpu)
+    if args.batch_size % world.size:
+        raise BadArguments(f"--batch_size {args.batch_size} does not divide over {world.size} processes")
     device, warning = pick_device(args.ngpu)
     set_precision(args.deterministic)
     method = build_method(args.method, args.dataset, 2, **options.method_settings(args))
-    folder = None if args.log_off else Path(args.root_dir) / run_name(args, method)
-    settings = run_settings(args, method)
-    with lock(folder, args) if folder else nullcontext():
-        if folder and is_finished(folder, settings):
-            print(f"{folder} is finished: {records.read_json(folder / 'result.json')['summary']}")
+    settings = runs.run_settings(args, method)
+    folder = None if args.log_off or world.rank > 0 else Path(args.root_dir) / runs.run_name(args, method)
+    with runs.lock(folder, args) if folder else nullcontext():
+        finished = runs.is_finished(folder, settings) if folder else False
+        if distributed.from_first(finished):
             return 0
         stop = StopSignal()
-        records.start_log(folder / "log.txt" if folder else None)
+        records.start_log(folder / "log.txt" if folder else None, quiet=world.rank > 0)
         if warning:
             log.warning(f"warning: {warning}")
-        data = load_images(args, typed).to(device)
-        if args.batch_size > len(data.train.labels):
-            raise BadArguments(f"--batch_size {args.batch_size} is above the {len(data.train.labels)} training images")
-        method = build_method(args.method, args.dataset, len(data.classes), **{
-            **options.method_settings(args), "mean": data.mean, "std": data.std,
-        })  # fmt: skip
-        torch.manual_seed(args.seed)
-        model = build_model(args.arch, len(data.classes), data.stride, args.initial_channels, args.dropout)
-        model = prepare(model, device, args.fast)
-        optimizer = torch.optim.SGD(
-            model.parameters(), args.learning_rate, args.momentum, weight_decay=args.decay, nesterov=args.momentum > 0,
-            fused=True if args.fast else None,
-        )  # fmt: skip
-        progress = train.Progress(args.start_epoch)
-        job = train.Run(args, settings, folder, device, data, model, method, optimizer, progress, stop)
+        job = prepare_run(args, typed, settings, folder, device, stop, world)
         restore(job)
         if folder:
             write_config(job, folder)
@@ -97,7 +84,41 @@ def run(args: argparse.Namespace, typed: set[str]) -> int:
             log.info(f"stopped in {where}; the same command continues there")
             return stop.exit_code
         finish(job)
+    distributed.leave()
     return 0
+
+
+def prepare_run(
+    args: argparse.Namespace,
+    typed: set[str],
+    settings: dict[str, Any],
+    folder: Path | None,
+    device: torch.device,
+    stop: StopSignal,
+    world: distributed.World,
+) -> train.Run:
+    """Data, method, model and optimiser, before the first epoch."""
+    with distributed.one_first(world):  # one process a box decodes and caches the images
+        data = load_images(args, typed).to(device)
+    if args.batch_size > len(data.train):
+        raise BadArguments(f"--batch_size {args.batch_size} is above the {len(data.train)} training images")
+    of_method = {**options.method_settings(args), "mean": data.mean, "std": data.std}
+    method = build_method(args.method, args.dataset, len(data.classes), **of_method)
+    torch.manual_seed(args.seed)
+    model = build_model(args.arch, len(data.classes), data.stride, args.initial_channels, args.dropout)
+    if args.sync_bn:
+        model = distributed.synchronise_batch_norm(model)
+    model = prepare(model, device, args.fast)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        args.learning_rate,
+        args.momentum,
+        weight_decay=args.decay,
+        nesterov=args.momentum > 0,
+        fused=True if args.fast else None,
+    )
+    progress = train.Progress(args.start_epoch)
+    return train.Run(args, settings, folder, device, data, model, method, optimizer, progress, stop, world)
 
 
 def evaluate(args: argparse.Namespace, typed: set[str]) -> int:
@@ -130,67 +151,6 @@ def load_images(args: argparse.Namespace, typed: set[str]) -> Data:
         valid_labels_per_class=args.valid_labels_per_class, seed=args.seed,
         warn=lambda line: log.warning(f"warning: {line}"),
     )  # fmt: skip
-
-
-def run_name(args: argparse.Namespace, method: Method) -> str:
-    """Dataset, architecture, method, seed, the settings that differ from the method's preset, and --add_name."""
-    preset = build_method(args.method, args.dataset, 2)
-    changed = [
-        f"{field.name}{getattr(method, field.name)}"
-        for field in dataclasses.fields(method)
-        if getattr(method, field.name) != getattr(preset, field.name)
-    ]
-    return "_".join(
-        [args.dataset, args.arch, args.method, f"seed{args.seed}", *changed, *filter(None, [args.add_name])]
-    )
-
-
-def run_settings(args: argparse.Namespace, method: Method) -> dict[str, Any]:
-    """Everything that determines a run's numbers, by flag name."""
-    own = {
-        name: value for name, value in vars(args).items() if name not in options.NOT_PART_OF_A_RUN and value is not None
-    }
-    of_method = dataclasses.asdict(method)
-    for name in ("num_classes", "mean", "std"):  # follow from the data
-        of_method.pop(name, None)
-    unused = options.method_settings(args).keys() - of_method.keys()
-    return {**{name: value for name, value in own.items() if name not in unused}, **of_method}
-
-
-def lock(folder: Path, args: argparse.Namespace) -> filelock.BaseFileLock:
-    """The folder, made ready and held by this process alone; a dead process holds nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    held = filelock.FileLock(folder / ".lock")
-    try:
-        held.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(
-            f"another run is writing into {folder}; wait for it, or give this one another --add_name"
-        ) from None
-    if args.overwrite and any(folder.iterdir()):
-        held.release()
-        aside = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-        folder.rename(aside)
-        print(f"the old run is kept as {aside}")
-        return lock(folder, argparse.Namespace(overwrite=False))
-    return held
-
-
-def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether the folder holds a finished run of these settings. Other settings are refused, with the difference."""
-    if (folder / "config.json").exists():
-        held = records.read_json(folder / "config.json")["settings"]
-        different = [
-            f"--{name}: {held.get(name)} there, {settings.get(name)} here"
-            for name in sorted(held.keys() | settings.keys())
-            if held.get(name) != settings.get(name)
-        ]
-        if different:
-            raise BadArguments(
-                f"{folder} holds a run with other settings ({'; '.join(different)}). Give this run a name of its own "
-                "with --add_name, or start anew with --overwrite True"
-            )
-    return (folder / "result.json").exists()
 
 
 def restore(job: train.Run) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from load_data import NORMALISATION
 
 from .base import Method
+from .comix import CoMixup
 from .cutmix import CutMix
 from .input import InputMixup
 from .manifold import ManifoldMixup
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
         CutMix,
         SaliencyMix,
         PuzzleMix,
+        CoMixup,
         Sage,
     )
 }

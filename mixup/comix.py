@@ -19,14 +19,15 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from .base import Method, Step, bce_loss, one_hot
+from .base import PartialMixing, Step, bce_loss, one_hot
 from .gridcut import DISTANCE_SCALE, UNARY_SCALE, scale_floats, solver
-from .saliency import input_gradient, root_mean_square
+from .saliency import input_gradient, ones_where_zero, root_mean_square
+from .vanilla import Vanilla
 
 PEAK_WINDOW = 8  # pixels a side over which saliency is averaged before its peak is taken
 SOFT_BONUS = 5e-4  # what a soft label costs less than the mean of its two images
 SOFT_DISTANCE = 0.25  # between a soft label and either of its images
-UNUSED = 2**40  # cost of a soft label that does not exist: far above any other
+UNUSED = 2**62  # energy of a soft label that does not exist: above any other
 
 
 def compatibility(saliency: Tensor, omega: float) -> Tensor:
@@ -268,8 +269,8 @@ def _minimise(
     close = int(SOFT_DISTANCE * DISTANCE_SCALE)
     distance = np.tile(potts, (parts, 1, 1))
     seams = np.zeros((g, g), np.int64)  # weight of all edges of a cell
-    for view, weight in ((seams[:-1], down), (seams[1:], down), (seams[:, :-1], across), (seams[:, 1:], across)):
-        view += weight
+    for view, edges in ((seams[:-1], down), (seams[1:], down), (seams[:, :-1], across), (seams[:, 1:], across)):
+        view += edges
     margin = (seams * DISTANCE_SCALE).reshape(cells, 1)
     weight = max(int(down.max(initial=0)), int(across.max(initial=0)))
     down, across = down[None], across[None]
@@ -285,8 +286,8 @@ def _minimise(
             largest = int(np.abs(energy).max())
             if index > 0:
                 pairs, number = _soft_pairs(counts[:, o])
-                halves = (np.take_along_axis(unary, pairs[:, None, :, k], axis=2) for k in (0, 1))
-                means = ((sum(halves) / 2 - SOFT_BONUS) * UNARY_SCALE).astype(np.int64)
+                one, other = (np.take_along_axis(unary, pairs[:, None, :, k], axis=2) for k in (0, 1))
+                means = (((one + other) / 2 - SOFT_BONUS) * UNARY_SCALE).astype(np.int64)
                 means = np.where(np.arange(3) < number[:, None], means, UNUSED)
                 energy = np.concatenate((energy, means), axis=2)
                 images_of = np.concatenate((images, pairs), axis=1)
@@ -325,7 +326,7 @@ def _count(first: NDArray[np.int64], second: NDArray[np.int64], n: int) -> NDArr
 
 
 def _soft_pairs(counts: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Images of the soft labels of an output with ``counts`` [P, n]: [P, 3, 2], and how many of the three exist [P, 1]."""
+    """Images of the soft labels of an output with ``counts`` [P, n]: [P, 3, 2], and how many of them exist [P, 1]."""
     parts, n = counts.shape
     used = (counts > 0).sum(axis=1)
     # the largest three; on ties what torch.topk picks is part of the reference
@@ -400,7 +401,7 @@ def _resolve(counts: NDArray[np.float32]) -> NDArray[np.float32]:
 def _dense(first: NDArray[np.int64], second: NDArray[np.int64], n: int) -> NDArray[np.float32]:
     """Shares [.., n] of two image indices of any shape."""
     unit = np.eye(n, dtype=np.float32)
-    return (unit[first] + unit[second]) / 2
+    return np.asarray((unit[first] + unit[second]) / 2, np.float32)
 
 
 def _objective(
@@ -415,22 +416,20 @@ def _objective(
 
 
 @dataclass
-class CoMixup(Method):
+class CoMixup(PartialMixing):
     """Co-Mixup as a training method: a saliency pass in train mode, then a pass over the mixed images.
 
-    Settings (defaults of the flags; ``mixup_alpha`` None means the preset):
-        mixup_alpha: of the Dirichlet draw, one a part.
+    Settings (defaults of the flags; see also ``PartialMixing``):
+        mixup_alpha: of the symmetric Dirichlet draws, one a part; above 0.
         clean_lam: the weight gradient of 2·clean_lam·(mean cross-entropy)/K of the saliency pass is kept.
-        m_block_num: cells a side; −1: one of 2, 4, 8, 16 at random, of those that divide the image.
-        m_part: consecutive images that are mixed among themselves; the last part may be smaller.
+        m_block_num: cells a side; −1: 2, 4, 8 or 16 at random, of those that divide the image.
+        m_part: images that are mixed among themselves, consecutive ones; the last part may be smaller.
         m_beta, m_gamma, m_eta, m_thres, m_thres_type, set_resolve, m_niter: beta, gamma, eta, threshold,
             threshold_type, set_resolve and iterations of ``co_mix``.
         m_omega: omega of ``compatibility``.
-        prob_mix, mix_schedule, mix_scheduled_epoch: share of the batch that is mixed, see ``mixed_count``.
     """
 
     name = "comix"
-    mixup_alpha: float | None = None
     clean_lam: float = 0.0
     m_block_num: int = 4
     m_part: int = 20
@@ -442,11 +441,109 @@ class CoMixup(Method):
     m_omega: float = 0.001
     set_resolve: bool = True
     m_niter: int = 4
-    prob_mix: float = 1.0
-    mix_schedule: str = "fixed"
-    mix_scheduled_epoch: int = 300
 
     @classmethod
     def presets(cls, dataset: str) -> dict[str, Any]:
-        """α = 2 and the clean loss kept, everywhere."""
+        """α = 2, and the clean loss kept, everywhere."""
         return {"mixup_alpha": 2.0, "clean_lam": 1.0}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mixup_alpha == 0:
+            raise ValueError("mixup_alpha must be positive: 0")
+        if self.m_block_num != -1 and self.m_block_num < 1:
+            raise ValueError(f"m_block_num must be positive, or -1 for a random one: {self.m_block_num}")
+        if self.m_thres_type not in ("hard", "soft"):
+            raise ValueError(f"m_thres_type must be hard or soft: {self.m_thres_type!r}")
+        for name in ("m_part", "m_niter"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1: {getattr(self, name)}")
+        for name in ("clean_lam", "m_beta", "m_gamma", "m_eta", "m_omega"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
+
+    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> SimpleNamespace:
+        """``num_blocks`` g, and part after part of the last m images: ``prior`` [m], which sums to 1 in each part, and
+        ``initial_labels`` [m, g, g], which count from 0 in each part."""
+        assert self.mixup_alpha is not None
+        fitting = [g for g in (2, 4, 8, 16) if height % g == 0 and width % g == 0]
+        if self.m_block_num == -1 and not fitting:
+            raise ValueError(f"neither of 2, 4, 8, 16 blocks a side divides an image of {height}×{width}")
+        g = int(rng.choice(fitting)) if self.m_block_num == -1 else self.m_block_num
+        count = self.mixed_count(batch, epoch)
+        sizes = [min(self.m_part, count - start) for start in range(0, count, self.m_part)]
+        return SimpleNamespace(
+            num_blocks=g,
+            prior=np.concatenate([rng.dirichlet(np.full(n, self.mixup_alpha)) for n in sizes] or [np.zeros(0)]),
+            initial_labels=np.concatenate(
+                [rng.integers(n, size=(n, g, g)) for n in sizes] or [np.zeros((0, g, g), int)]
+            ),
+        )
+
+    def step(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Any) -> Step:
+        """Loss of the mixed ``images`` [B, C, H, W], ``labels`` [B].
+
+        With clean_lam > 0 the saliency pass has added its weight gradient to the parameters' ``.grad`` when this
+        returns. Leaves the network in train mode.
+        """
+        count = len(draws.prior)
+        clean = len(images) - count
+        if clean < 0:
+            raise ValueError(f"draws for {count} images do not fit a batch of {len(images)}")
+        if count == 0:
+            return Vanilla(self.num_classes).step(model, images, labels)
+        keep = self.clean_lam > 0
+        scale = 2 * self.clean_lam / self.num_classes if keep else 1.0
+        model.train()
+        gradient, _ = input_gradient(
+            model, images[clean:], lambda logits: scale * F.cross_entropy(logits.float(), labels[clean:]), float(keep)
+        )
+        with torch.no_grad():
+            targets = one_hot(labels, self.num_classes)
+            saliency = ones_where_zero(root_mean_square(gradient))
+            first, second = self._assign(saliency, draws)
+            mixed, soft = _blend(images[clean:], targets[clean:], first, second)
+            mixed, targets = torch.cat((images[:clean], mixed)), torch.cat((targets[:clean], soft))
+            own = torch.arange(count, device=images.device)[:, None, None]
+            mask = _enlarge(((first == own).float() + (second == own)) / 2, *images.shape[2:])
+        logits = model(mixed)
+        front = (0, 0, 0, 0, clean, 0)
+        saliency = F.pad(saliency, front)
+        return Step(
+            loss=bce_loss(logits, targets),
+            logits=logits,
+            targets=targets,
+            mixed=mixed,
+            saliency=(saliency, saliency),  # an output has more than one image b, and none has a map of its own
+            mask=F.pad(mask, front, value=1.0),
+        )
+
+    def _assign(self, saliency: Tensor, draws: Any) -> tuple[Tensor, Tensor]:
+        """Two images [m, g, g] for each cell, as indices into the m mixed images with these maps [m, H, W]."""
+        count = len(saliency)
+        full = count - count % self.m_part
+        indices = []
+        # the parts of full size at once, then the smaller one
+        for start, end, n in ((0, full, self.m_part), (full, count, count - full)):
+            if start == end:
+                continue
+            maps, prior, labels = (
+                x[start:end].reshape(-1, n, *x.shape[1:]) for x in (saliency, draws.prior, draws.initial_labels)
+            )
+            sources = _sources(
+                maps,
+                prior,
+                labels,
+                compatibility(maps, self.m_omega),
+                draws.num_blocks,
+                self.m_beta,
+                self.m_gamma,
+                self.m_eta,
+                self.m_thres,
+                self.m_thres_type,
+                self.set_resolve,
+                self.m_niter,
+            )
+            indices.append([start + _batch_index(x, n, saliency.device) for x in sources])
+        first, second = (torch.cat(x) for x in zip(*indices, strict=True))
+        return first, second

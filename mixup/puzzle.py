@@ -453,7 +453,7 @@ class PuzzleMix(PartialMixing):
         if clean == len(images):
             return Vanilla(self.num_classes).step(model, images, labels)
         part, partner = images[clean:], permutation[clean:] - clean
-        mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (self.mean, self.std))
+        mean, std = (torch.as_tensor(x, device=images.device)[:, None, None] for x in (self.mean, self.std))
         perturbed = self.adv_p > 0 and any(draws.perturbed)
         reach = self.adv_eps / 255
         probe = part

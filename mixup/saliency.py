@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,9 @@ def input_gradient(
         (gradient [B, C, H, W] of the whole loss, the loss as a detached scalar). ``images`` is left as it was.
     """
     pixels = images.detach().requires_grad_(True)
-    with torch.enable_grad():
+    # under DistributedDataParallel gradients travel once, with the second pass
+    on_its_own = getattr(model, "no_sync", nullcontext)
+    with torch.enable_grad(), on_its_own():
         loss = loss_of(model(pixels))
         if weight_share == 0:
             (gradient,) = torch.autograd.grad(loss, pixels)

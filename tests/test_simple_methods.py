@@ -34,7 +34,7 @@ def make(name: str, **changes: Any) -> Any:
 
 
 class Probe(nn.Module):
-    """Logits are pixel means at fixed places; it keeps what it was called with."""
+    """Logits are the first ten pixels; it keeps what it was called with."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,9 +84,7 @@ def test_saliency_and_its_boxes_are_golden() -> None:
         assert paste_box(torch.zeros(2, 3, 32, 32), [1, 0], ours)[1].item() == pytest.approx(ratio, abs=1e-6)
 
 
-@given(
-    st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True)
-)  # fmt: skip
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 @settings(deadline=None)
 def test_cut_box_lies_in_the_image(height: int, width: int, lam: float, row: float, col: float) -> None:
     top, bottom, left, right = cut_box(height, width, lam, row * height, col * width)
@@ -201,7 +199,9 @@ def reference_saliency(image: np.ndarray) -> np.ndarray:
         for y in range(height):
             for x in range(width):
                 window = values[max(y - radius + 1, 0) : y + radius + 1, max(x - radius + 1, 0) : x + radius + 1]
-                center, others = int(values[y, x]), max(window.size - 1, 1)
+                center, others = int(values[y, x]), window.size - 1
+                if others == 0:
+                    continue
                 excess = center * others - (int(window.sum()) - center)
                 on[y, x] += max(excess, 0) // others
                 off[y, x] += max(-excess, 0) // others
@@ -227,7 +227,7 @@ def test_fine_grained_saliency_by_loops(size: tuple[int, int]) -> None:
 
 
 def test_fine_grained_saliency_of_large_images() -> None:
-    """Against float64 windows at a few pixels: 300×260 exceeds every window and what float32 sums hold exactly."""
+    """300×260 exceeds every window, and its sum what a float32 holds exactly."""
     image = torch.from_numpy(np.random.default_rng(1).integers(180, 256, (1, 3, 300, 260), dtype=np.uint8))
     image[..., 100:120, 50:80] //= 4
     maps = fine_grained_saliency(image.repeat(2, 1, 1, 1))
@@ -241,13 +241,14 @@ def test_fine_grained_saliency_of_large_images() -> None:
     y, x = np.arange(300)[:, None], np.arange(260)
     on, off = np.zeros_like(grey), np.zeros_like(grey)
     for r in SURROUND_RADII:
-        top, bottom, left, right = np.maximum(y - r + 1, 0), np.minimum(y + r + 1, 300), np.maximum(x - r + 1, 0), np.minimum(x + r + 1, 260)  # fmt: skip
+        top, bottom = np.maximum(y - r + 1, 0), np.minimum(y + r + 1, 300)
+        left, right = np.maximum(x - r + 1, 0), np.minimum(x + r + 1, 260)
         total = integral[bottom, right] - integral[top, right] - integral[bottom, left] + integral[top, left]
         area = (bottom - top) * (right - left)
         on += np.maximum(grey * area - total, 0) // (area - 1)
         off += np.maximum(total - grey * area, 0) // (area - 1)
     both = 255 * on // on.max() + 255 * off // off.max()
-    # grey here was blurred on a wider frame, which reflects at the second blur otherwise: skip the border
+    # the frame was widened once for both blurs here, so the outermost pixels differ
     np.testing.assert_array_equal(maps[0].numpy()[1:-1, 1:-1], (255 * both // both.max())[1:-1, 1:-1])
 
 
@@ -414,7 +415,6 @@ def test_partial_mixing_mixes_the_last_images_among_themselves(name: str, share:
     assert len(model.calls) == 1
 
     clean = 5 - count
-    part = SimpleNamespace(**{**vars(draws), "permutation": draws.permutation})
     sums = torch.zeros(())
     if clean:
         logits = Probe()(images[:clean])
@@ -422,7 +422,7 @@ def test_partial_mixing_mixes_the_last_images_among_themselves(name: str, share:
         assert torch.equal(step.targets[:clean], one_hot(labels[:clean], 10))
         sums = sums + bce_loss(logits, one_hot(labels[:clean], 10)) * logits.numel()
     if count:
-        mixed = make(name).step(Probe(), images[clean:], labels[clean:], part)
+        mixed = make(name).step(Probe(), images[clean:], labels[clean:], draws)
         torch.testing.assert_close(step.logits[clean:], mixed.logits)
         torch.testing.assert_close(step.targets[clean:], mixed.targets)
         sums = sums + mixed.loss * mixed.logits.numel()

@@ -142,8 +142,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
-def load_last(folder: Path) -> dict[str, Any] | None:
+def load_last(folder: Path | None) -> dict[str, Any] | None:
     """The folder's last checkpoint, or the one before if that is damaged; None where there is none that is whole."""
+    if folder is None:
+        return None
     for name in (LAST, PREVIOUS):
         if (folder / name).exists():
             try:

@@ -14,6 +14,10 @@ class UserError(Exception):
     """Something the user can mend: the message says what was wrong, the value, and what to do. No traceback."""
 
 
+class BadArguments(UserError):
+    """Arguments that turn out not to fit what is there."""
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file beside ``path``; on success flush it to the disk and rename it, else remove it.

@@ -144,7 +144,12 @@ def make_parser() -> Parser:
 
     group = parser.add_argument_group("machine")
     add = group.add_argument
-    add("--ngpu", type=non_negative, default=1, help="0: the CPU; 1: the GPU, or the CPU with a warning (default: 1)")
+    add(
+        "--ngpu",
+        type=non_negative,
+        default=1,
+        help="0: the CPU; N: so many GPUs, or the CPU with a warning (default: 1)",
+    )
     add(
         "--fast",
         type=boolean,

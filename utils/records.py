@@ -30,11 +30,12 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def start_log(path: Path | None) -> None:
-    """Lines to the terminal and, appended, to ``path``. A full disk costs lines of the log, not the run."""
+def start_log(path: Path | None, quiet: bool = False) -> None:
+    """Lines to the terminal, unless ``quiet``, and, appended, to ``path``. A full disk costs lines of the log, not the
+    run."""
     logging.raiseExceptions = False
     log.handlers.clear()
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.CRITICAL if quiet else logging.INFO)
     log.propagate = False
     screen = logging.StreamHandler(sys.stdout)
     log.addHandler(screen)

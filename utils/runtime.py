@@ -61,10 +61,10 @@ def prepare(model: nn.Module, device: torch.device, fast: bool) -> nn.Module:
     return model
 
 
-def step_generator(seed: int, epoch: int, step: int) -> np.random.Generator:
-    """The generator of one batch. Randomness depends on (seed, epoch, step) alone, so a run can be continued at any
-    batch without any generator's state; PyTorch's own generator (dropout) is seeded from it as well."""
-    rng = np.random.default_rng((seed, epoch, step))
+def step_generator(seed: int, epoch: int, step: int, rank: int = 0) -> np.random.Generator:
+    """The generator of one batch. Randomness depends on (seed, epoch, step, rank) alone, so a run can be continued at
+    any batch without any generator's state; PyTorch's own generator (dropout) is seeded from it as well."""
+    rng = np.random.default_rng((seed, epoch, step, rank))
     torch.manual_seed(int(rng.integers(2**63)))
     return rng
 

@@ -21,13 +21,15 @@ from tqdm import tqdm
 from load_data import Data, Split, steps_per_epoch, test_batches, train_batches
 from mixup.base import Method
 
-from . import checkpoint, records
+from . import checkpoint, distributed, records
+from .distributed import World
 from .files import UserError
 from .records import log
 from .runtime import StopSignal, peak_memory, step_generator
 
 EVALUATION_BATCH = {"cpu": 250, "mps": 500, "cuda": 2000}
 MIXED = "mixed.png"
+AGREE_STEPS = 10  # ranks agree this often on saving and stopping; each time they wait for each other
 CURVES_SECONDS = 20  # drawing takes half a second; refreshed at most this often while running
 
 
@@ -56,7 +58,8 @@ class Progress:
 
 @dataclass
 class Run:
-    """What training works on; ``folder`` is None when nothing is written."""
+    """What training works on. ``folder`` is None where nothing is written: with --log_off, and on all ranks but the
+    first."""
 
     args: argparse.Namespace
     settings: dict[str, Any]
@@ -68,6 +71,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     progress: Progress
     stop: StopSignal
+    world: World = field(default_factory=World)
 
     def save(self, best: bool = False) -> None:
         """Write the checkpoint; a failing disk stops the run with one line, the one before stays."""
@@ -105,17 +109,26 @@ def hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split, data: Data, device: torch.device, prefix: str) -> dict[str, float]:
-    """Top-1, top-5 (in %) and mean cross-entropy of a split, without augmentation."""
+def evaluate(
+    model: nn.Module, split: Split, data: Data, device: torch.device, prefix: str, world: World | None = None
+) -> dict[str, float]:
+    """Top-1, top-5 (in %) and mean cross-entropy of a split, without augmentation.
+
+    Ranks take the batches in turn; their sums are added in the order of the batches, so that the numbers are those of
+    a single process to the last bit.
+    """
+    world = world or World()
     was_training = model.training
     model.eval()
-    sums = torch.zeros(3, device=device, dtype=sum_type(device))
-    for images, labels in test_batches(split, data, batch_size=EVALUATION_BATCH[device.type], device=device):
-        logits = model(images).float()
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([loss, *hits(logits, labels)]).to(sums.dtype)
+    size = EVALUATION_BATCH[device.type]
+    sums = torch.zeros(steps_per_epoch(len(split), size), 3, device=device, dtype=sum_type(device))
+    for number, (images, labels) in enumerate(test_batches(split, data, batch_size=size, device=device)):
+        if number % world.size == world.rank:
+            logits = model(images).float()
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums[number] = torch.stack([loss, *hits(logits, labels)])
     model.train(was_training)
-    return scores([*sums.tolist(), len(split)], prefix)
+    return scores([*distributed.total(sums).sum(dim=0).tolist(), len(split)], prefix)
 
 
 def sum_type(device: torch.device) -> torch.dtype:
@@ -136,32 +149,47 @@ class Meter:
         self.sums += torch.stack([loss * count, *hits(logits, labels), count])
         self.first_bad = torch.where(loss.isfinite(), self.first_bad, self.first_bad.clamp(max=step))
 
-    def read(self, run: Run) -> dict[str, float]:
-        """Put the sums into the run's progress and return the means; stops the run on numbers that went wrong."""
-        run.progress.sums = self.sums.tolist()
+    def read(self, run: Run) -> list[float]:
+        """This rank's sums; stops the run on numbers that went wrong."""
         if math.isfinite(bad := self.first_bad.item()):
             raise not_finite(run, int(bad))
-        return scores(run.progress.sums, "train")
+        return self.sums.tolist()
+
+    def settle(self, run: Run) -> None:
+        """Put the sums of all ranks into the run's progress."""
+        self.read(run)
+        run.progress.sums = distributed.total(self.sums).tolist()
 
 
-def train_epoch(run: Run) -> None:
-    """The rest of the epoch in progress. Leaves sums, position and seconds in ``run.progress``."""
-    args, device, progress, model = run.args, run.device, run.progress, run.model
-    model.train()
-    total = steps_per_epoch(len(run.data.train), args.batch_size)
+def train_epoch(run: Run, network: nn.Module, weight: distributed.ImageWeight) -> bool:
+    """The rest of the epoch in progress. Leaves sums, position and seconds in ``run.progress``.
+
+    Returns whether it was finished; False if a signal came and everything was saved.
+    """
+    args, device, progress, world = run.args, run.device, run.progress, run.world
+    network.train()
+    number = len(run.data.train)
+    total = steps_per_epoch(number, args.batch_size)
     batches = train_batches(
-        run.data, batch_size=args.batch_size, seed=args.seed, epoch=progress.epoch, device=device, start=progress.step
+        run.data,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        epoch=progress.epoch,
+        device=device,
+        start=progress.step,
+        part_of=world.part,
     )
-    meter = Meter(progress.sums, device)
+    meter = Meter(progress.sums if world.rank == 0 else [0.0] * 4, device)
     no_picture = run.folder is not None and not (run.folder / MIXED).exists()
     saved = shown = last = time.monotonic()
-    with progress_bar(total, progress, args) as bar:
+    with progress_bar(total, run) as bar:
         for step, (images, labels) in enumerate(batches, start=progress.step):
-            rng = step_generator(args.seed, progress.epoch, step)
+            weight.value = len(labels) / min(args.batch_size, number - step * args.batch_size)
+            rng = step_generator(args.seed, progress.epoch, step, world.rank)
             draws = run.method.draw(rng, len(images), images.shape[2], images.shape[3], progress.epoch)
             run.optimizer.zero_grad(set_to_none=True)
             try:
-                result = run.method.step(model, images, labels, draws)
+                result = run.method.step(network, images, labels, draws)
             except FloatingPointError as error:
                 raise not_finite(run, step) from error
             result.loss.backward()
@@ -177,34 +205,42 @@ def train_epoch(run: Run) -> None:
             progress.seconds += now - last
             last = now
             if bar.disable and progress.step % args.print_freq == 0:
-                log.info(line_of_batch(progress, total, meter.read(run)))
+                log.info(line_of_batch(run, total, meter.read(run)))
             elif not bar.disable and now - shown > 0.5:
                 shown = now
-                bar.set_postfix_str("loss {train_loss:.4f} acc {train_top1:.2f}".format(**meter.read(run)))
+                bar.set_postfix_str(
+                    "loss {train_loss:.4f} acc {train_top1:.2f}".format(**scores(meter.read(run), "train"))
+                )
             elif device.type == "cpu":
                 meter.read(run)
-            if run.stop.exit_code or now - saved > 60 * args.checkpoint_minutes:
-                meter.read(run)
+            if world.size > 1 and progress.step % AGREE_STEPS:
+                continue
+            wanted = 2 if run.stop.exit_code else int(now - saved > 60 * args.checkpoint_minutes)
+            wanted = distributed.largest(wanted, device)
+            if wanted:
+                meter.settle(run)
                 refuse_bad_weights(run)
                 run.save()
                 saved = time.monotonic()
-            if run.stop.exit_code:
-                return
-    meter.read(run)
+            if wanted == 2:
+                return False
+    meter.settle(run)
+    return True
 
 
 @contextmanager
-def progress_bar(total: int, progress: Progress, args: argparse.Namespace) -> Iterator[tqdm]:
+def progress_bar(total: int, run: Run) -> Iterator[tqdm]:
     """Shown on a terminal only; elsewhere plain lines take its place."""
-    name = f"epoch {progress.epoch}/{args.epochs}"
-    with tqdm(
-        total=total, initial=progress.step, desc=name, unit="batch", disable=not sys.stderr.isatty(), leave=False
-    ) as bar:
+    name = f"epoch {run.progress.epoch}/{run.args.epochs}"
+    hidden = run.world.rank > 0 or not sys.stderr.isatty()
+    with tqdm(total=total, initial=run.progress.step, desc=name, unit="batch", disable=hidden, leave=False) as bar:
         yield bar
 
 
-def line_of_batch(progress: Progress, total: int, current: dict[str, float]) -> str:
-    rate = progress.sums[3] / progress.seconds
+def line_of_batch(run: Run, total: int, sums: list[float]) -> str:
+    """The published line within an epoch; of a run of many processes it tells the first one's part."""
+    current, progress = scores(sums, "train"), run.progress
+    rate = sums[3] / progress.seconds * run.world.size
     return (
         f"  Epoch: [{progress.epoch:03d}][{progress.step:03d}/{total:03d}]   Loss {current['train_loss']:.4f}   "
         f"Prec@1 {current['train_top1']:.3f}   Prec@5 {current['train_top5']:.3f}   {rate:.0f} images/s"
@@ -243,17 +279,18 @@ def keep_going(write: Any) -> None:
 def fit(run: Run) -> None:
     """Train to the last epoch, or until a signal; everything is saved when this returns."""
     args, progress = run.args, run.progress
+    weight = distributed.ImageWeight()
+    network = distributed.data_parallel(run.model, weight)
     writer = open_tensorboard(run)
     drawn = -math.inf
-    while progress.epoch < args.epochs and not run.stop.exit_code:
+    while progress.epoch < args.epochs and not stopped(run):
         rate = learning_rate(args, progress.epoch)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         done = sum(row["seconds"] for row in progress.rows) / max(1, len(progress.rows))
         left = done * (args.epochs - progress.epoch)
         log.info(records.line_of_epoch(progress.epoch, args.epochs, rate, progress.best, left))
-        train_epoch(run)
-        if run.stop.exit_code:
+        if not train_epoch(run, network, weight):
             break
         row = finish_epoch(run, rate)
         report_epoch(run, row, writer)
@@ -264,15 +301,22 @@ def fit(run: Run) -> None:
         writer.close()
 
 
+def stopped(run: Run) -> bool:
+    """Whether a signal came, to any rank."""
+    run.stop.exit_code = distributed.largest(run.stop.exit_code, run.device)
+    return run.stop.exit_code > 0
+
+
 def finish_epoch(run: Run, rate: float) -> dict[str, Any]:
     """Evaluate, save, and return the epoch's row."""
     progress = run.progress
     started = time.monotonic()
+    distributed.share_buffers(run.model)
     row: dict[str, Any] = dict.fromkeys(records.COLUMNS)
     row.update(epoch=progress.epoch, learning_rate=rate, **scores(progress.sums, "train"))
     if run.data.valid is not None:
-        row.update(evaluate(run.model, run.data.valid, run.data, run.device, "valid"))
-    row.update(evaluate(run.model, run.data.test, run.data, run.device, "test"))
+        row.update(evaluate(run.model, run.data.valid, run.data, run.device, "valid", run.world))
+    row.update(evaluate(run.model, run.data.test, run.data, run.device, "test", run.world))
     if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
         raise not_finite(run, progress.step)
     refuse_bad_weights(run)

@@ -1,0 +1,166 @@
+"""Many processes, one run: all that is distributed is in this file. Without torchrun everything here does nothing.
+
+    torchrun --nproc_per_node=4 main.py …
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 --rdzv_backend=c10d main.py …
+
+The batch of ``--batch_size`` images is split over the ranks; each mixes its part with draws of its own. Gradients
+are averaged by DistributedDataParallel, weighted by the images of each part. Rank 0 alone reads and writes the folder.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce as summed_with_gradient
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run. ``local_rank`` counts on one machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    def part(self, number: int) -> slice:
+        """This rank's consecutive part of ``number`` images; parts differ by at most one."""
+        return slice(number * self.rank // self.size, number * (self.rank + 1) // self.size)
+
+
+def is_launched() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def launch(ngpu: int) -> int:
+    """Type the same command on ``ngpu`` GPUs of this box, by torchrun; returns its exit code."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ngpu}"]
+    return subprocess.run([*command, *sys.argv]).returncode
+
+
+def join(ngpu: int) -> World:
+    """Meet the other processes if torchrun started this one."""
+    if not is_launched():
+        return World()
+    world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    if ngpu > 0 and torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank)
+        dist.init_process_group("nccl", device_id=torch.device("cuda", world.local_rank))
+    else:
+        dist.init_process_group("gloo")
+    return world
+
+
+def leave() -> None:
+    """Part from the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value, on every rank; it is pickled on the way."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks."""
+    if not dist.is_initialized():
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest value of all ranks; waits for them."""
+    if not dist.is_initialized():
+        return value
+    box = torch.tensor(value, device=device)
+    dist.all_reduce(box, dist.ReduceOp.MAX)
+    return int(box)
+
+
+@contextmanager
+def one_first(world: World) -> Iterator[None]:
+    """One process of every box goes through the block before the others do."""
+    if dist.is_initialized() and world.local_rank > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and world.local_rank == 0:
+        dist.barrier()
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Rank 0's batch-norm statistics for every rank, so that all evaluate the same network."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+class ImageWeight:
+    """What part of the batch this rank has; gradients are averaged by it, also those of a last batch that does not
+    divide."""
+
+    value: float = 1.0
+
+
+def data_parallel(model: nn.Module, weight: ImageWeight) -> nn.Module:
+    """The network whose backward averages gradients over ranks; the network itself in a world of one."""
+    if not dist.is_initialized():
+        return model
+
+    def weighted_sum(state: ImageWeight, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        future = dist.all_reduce(bucket.buffer().mul_(state.value), async_op=True).get_future()
+        return future.then(lambda done: done.value()[0])
+
+    parallel = DistributedDataParallel(model)
+    parallel.register_comm_hook(weight, weighted_sum)
+    return parallel
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm with the statistics of the whole batch over all ranks, on any device (PyTorch's own needs a GPU)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] normalised by statistics of all ranks in train mode, by the running ones otherwise."""
+        if not self.training or not dist.is_initialized():
+            return super().forward(x)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        count = x.new_full((1,), x.numel() / x.shape[1])
+        # two exchanges, mean first, are as accurate as one process; a sum of squares is not
+        sums = summed_with_gradient(torch.cat([x.sum((0, 2, 3)), count]))
+        number = sums[-1].detach()
+        mean = sums[:-1] / number
+        centred = x - mean[:, None, None]
+        variance = summed_with_gradient(centred.square().sum((0, 2, 3))) / number
+        with torch.no_grad():
+            momentum = 0.1 if self.momentum is None else self.momentum
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(variance * number / (number - 1).clamp(min=1), momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+def synchronise_batch_norm(model: nn.Module) -> nn.Module:
+    """The same network, every batch norm with statistics over all ranks; names of its state stay."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm
+    return model
