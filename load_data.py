@@ -552,12 +552,13 @@ def _decode(files: Sequence[Sequence[_File]], size: int | None, workers: int, pr
 
 def _common_size(files: Sequence[Sequence[_File]]) -> tuple[int, int]:
     """Height and width of all images where they agree and neither is above 128, else 64×64."""
-    shapes = (_shape(file.path) for part in files for file in part)
+    shapes = (image_shape(file.path) for part in files for file in part)
     first = next(shapes)
     return first if max(first) <= MAX_COMMON_SIDE and all(shape == first for shape in shapes) else (64, 64)
 
 
-def _shape(path: str) -> tuple[int, int]:
+def image_shape(path: str) -> tuple[int, int]:
+    """Height and width in pixels, as stored; errors as ``read_image``."""
     with _opened(path) as image:
         return image.height, image.width
 

@@ -333,7 +333,7 @@ def move_blocks(images: Tensor, plan: Tensor, size: tuple[int, int]) -> Tensor:
     corner = block // right * (tall * width) + block % right * wide
     row, column = torch.arange(tall, device=images.device), torch.arange(wide, device=images.device)
     pixel = corner.view(batch, down, 1, right, 1) + (row[:, None] * width + column)[:, None]
-    filled = (source >= 0).view(batch, 1, down, 1, right, 1).expand(-1, -1, -1, tall, -1, wide)
+    filled = (source >= 0).to(images.dtype).view(batch, 1, down, 1, right, 1).expand(-1, -1, -1, tall, -1, wide)
     moved = images.flatten(2).gather(2, pixel.view(batch, 1, -1).expand(-1, channels, -1))
     return moved.view(images.shape) * filled.reshape(batch, 1, height, width)
 

@@ -29,8 +29,8 @@ EXPONENTS = (0.023358, 0.13365, 0.39224, 0.98411, 2.4016, 5.9133, 15.248, 43.622
 WEIGHTS = (0.061019, 0.16807, 0.37722, 0.8822, 2.1433, 5.4147, 15.077, 49.063, 200.98, 1262.6)
 LEADERS = 8  # offsets a pair whose exact score is computed after the approximate search
 SHORT_LIST = 256  # up to so many candidates it is cheaper to score each exactly
-SPECTRUM_BYTES = 16 << 20  # pairs are transformed in parts whose spectra take at most this much memory
-WINDOW_PIXELS = 1 << 20  # moved maps are made in parts of at most so many pixels
+SPECTRUM_BYTES = {"cpu": 2 << 20, "cuda": 48 << 20}  # spectra held at a time: what suits the cache; few, large launches
+WINDOW_PIXELS = 1 << 20  # pixels of moved maps held at a time
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def exact_scores(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """Σ (A² + B'²)/(A + B') as [B, R] for each pair's own ``offsets`` [B, R, 2]."""
     parts = []
     for part in offsets.split(max(1, WINDOW_PIXELS // a.numel()), dim=1):
-        moved = _moved(b[:, None], part)[:, :, 0]
+        moved = _moved(b[:, None], part)[:, 0]
         total = (a[:, None] + moved).clamp_(min=1e-30)
         parts.append(moved.square_().add_(a.square()[:, None]).div_(total).sum(dim=(2, 3)))
     return torch.cat(parts, dim=1)
@@ -104,21 +104,19 @@ def approximate_scores(a: Tensor, b: Tensor) -> Tensor:
     frequency space. The mass is exact.
     """
     height, width = a.shape[1:]
-    exponents, weights = _quadrature(a.device, a.dtype)
-    size = _fast_length(2 * height - 1), _fast_length(2 * width - 1)
-    inverse_rms = (a.square() + b.square()).mean(dim=(1, 2), keepdim=True).clamp(min=1e-30).rsqrt()
+    rows, columns = 2 * height - 1, 2 * width - 1
+    size = _fast_length(rows), _fast_length(columns)
+    exponents, half_log_weights = _quadrature(a.device, a.dtype)
+    # a correlation is a convolution with the map turned round; its place (0, 0) is then the first offset
+    pair = torch.stack([a, b.flip(1, 2)])
+    rms = pair.square().sum(dim=0).mean(dim=(1, 2), keepdim=True).clamp(min=1e-30).sqrt()
     pair_bytes = 2 * len(EXPONENTS) * size[0] * (size[1] // 2 + 1) * 2 * a.element_size()
-    part = max(1, SPECTRUM_BYTES // pair_bytes)
+    part = max(1, SPECTRUM_BYTES.get(a.device.type, 2 << 20) // pair_bytes)
     shared = []
-    for u, v in zip((a * inverse_rms).split(part), (b * inverse_rms).split(part), strict=True):
-        u, v = u[:, None], v[:, None]
-        spectrum_u = torch.fft.rfft2(weights * u * torch.exp(-exponents * u), s=size)
-        spectrum_v = torch.fft.rfft2(v * torch.exp(-exponents * v), s=size)
-        shared.append(torch.fft.irfft2((spectrum_u * spectrum_v.conj()).sum(dim=1), s=size))
-    # a circular correlation has offset −1 in its last place
-    overlap = torch.cat(shared).roll((height - 1, width - 1), dims=(1, 2))[:, : 2 * height - 1, : 2 * width - 1]
-    scores = a.sum(dim=(1, 2), keepdim=True) + _mass_in_frame(b) - 2 * overlap / inverse_rms
-    return scores.flatten(1)
+    for maps in (pair / rms)[:, :, None].split(part, dim=1):
+        spectra = torch.fft.rfft2((half_log_weights - exponents * maps).exp_().mul_(maps), s=size)
+        shared.append(torch.fft.irfft2(spectra[0].mul_(spectra[1]).sum(dim=1), s=size)[:, :rows, :columns])
+    return (a.sum(dim=(1, 2), keepdim=True) + _mass_in_frame(b) - 2 * rms * torch.cat(shared)).flatten(1)
 
 
 def _best_of(a: Tensor, b: Tensor, candidates: Tensor, approximate: Tensor) -> Tensor:
@@ -134,10 +132,11 @@ def _best_of(a: Tensor, b: Tensor, candidates: Tensor, approximate: Tensor) -> T
 
 def _mass_in_frame(b: Tensor) -> Tensor:
     """[B, 2H−1, 2W−1]: how much of each map [B, H, W] stays in the frame at every offset."""
-    integral = F.pad(b, (1, 0, 1, 0)).cumsum(1).cumsum(2)
-    # offsets −(H−1) … H−1 keep the last 1 … H rows, then the first H−1 … 1
-    rows = torch.cat([integral[:, -1:] - integral[:, :-1].flip(1), integral[:, 1:-1].flip(1)], dim=1)
-    return torch.cat([rows[:, :, -1:] - rows[:, :, :-1].flip(2), rows[:, :, 1:-1].flip(2)], dim=2)
+    height, width = b.shape[1:]
+    rows = F.pad(b.flip(1), (0, 0, height, height - 1)).cumsum(1)
+    rows = rows[:, height:] - rows[:, :-height]
+    columns = F.pad(rows.flip(2), (width, width - 1)).cumsum(2)
+    return columns[:, :, width:] - columns[:, :, :-width]
 
 
 def _every_offset(height: int, width: int, device: torch.device) -> Tensor:
@@ -149,14 +148,14 @@ def _every_offset(height: int, width: int, device: torch.device) -> Tensor:
 
 @functools.lru_cache
 def _quadrature(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Exponents and weights as [K, 1, 1], copied to the device once."""
-    table = torch.tensor((EXPONENTS, WEIGHTS), dtype=dtype, device=device)[:, :, None, None]
-    return table[0], table[1]
+    """Exponents and half the weights' logarithms as [K, 1, 1], copied to the device once."""
+    table = torch.tensor((EXPONENTS, [0.5 * math.log(w) for w in WEIGHTS]), dtype=dtype, device=device)
+    return table[0, :, None, None], table[1, :, None, None]
 
 
 def _fast_length(length: int) -> int:
-    """The next length whose only prime factors are 2, 3, 5 and 7: padding to it is cheaper than transforming others."""
-    while 2**20 * 3**13 * 5**9 * 7**8 % length:
+    """The next even length without prime factors above 7; transforms of other lengths cost twice as much or more."""
+    while 2**20 * 3**13 * 5**9 * 7**8 % length or length % 2:
         length += 1
     return length
 
@@ -171,12 +170,17 @@ def _check_candidates(candidates: Tensor, height: int, width: int) -> None:
 
 
 def _moved(maps: Tensor, offsets: Tensor) -> Tensor:
-    """Content of ``maps`` [B, C, H, W] moved by each of ``offsets`` [B, R, 2], zeros entering: [B, R, C, H, W]."""
+    """Content of ``maps`` [B, C, H, W] moved by each of ``offsets`` [B, R, 2], zeros entering: [B, C, R, H, W]."""
     height, width = maps.shape[2:]
-    padded = F.pad(maps, (width - 1, width - 1, height - 1, height - 1))
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: [B, C, 2H−1, 2W−1, H, W]
-    rows = torch.arange(len(maps), device=maps.device)[:, None]
-    return windows[rows, :, height - 1 - offsets[..., 0], width - 1 - offsets[..., 1]]
+    rows = torch.arange(height, device=maps.device) - offsets[:, :, :1]
+    columns = torch.arange(width, device=maps.device) - offsets[:, :, 1:]
+    # what lies outside is read from a row and a column of zeros behind the last
+    rows = torch.where((rows >= 0) & (rows < height), rows, height)
+    columns = torch.where((columns >= 0) & (columns < width), columns, width)
+    index = (rows * (width + 1))[:, :, :, None] + columns[:, :, None]
+    source = F.pad(maps, (0, 1, 0, 1)).flatten(2)
+    moved = source.gather(2, index.flatten(1)[:, None].expand(-1, maps.shape[1], -1))
+    return moved.view(*maps.shape[:2], *index.shape[1:])
 
 
 def blend(images_a: Tensor, images_b: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +211,7 @@ def _blend(images_a: Tensor, images_b: Tensor, a: Tensor, b: Tensor, offsets: Te
         )
     if offsets.shape != (len(a), 2):
         raise ValueError(f"offsets must be [{len(a)}, 2], not {tuple(offsets.shape)}")
-    moved = _moved(torch.cat([b[:, None], images_b], dim=1), offsets[:, None])[:, 0]
+    moved = _moved(torch.cat([b[:, None], images_b], dim=1), offsets[:, None])[:, :, 0]
     mask = a / (a + moved[:, 0]).clamp(min=1e-16)
     return torch.lerp(moved[:, 1:], images_a, mask[:, None]), mask
 

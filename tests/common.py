@@ -1,8 +1,12 @@
-"""Golden vectors and the fixed weights they were made with."""
+"""What tests share: golden vectors with the fixed weights they were made with, and main.py as a process."""
 
 from __future__ import annotations
 
+import csv
 import json
+import os
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -48,3 +52,52 @@ def load_fixed_weights(model: nn.Module) -> nn.Module:
         state[name] = torch.as_tensor(value).to(old.dtype)
     model.load_state_dict(state)
     return model
+
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "--arch",
+    "preactresnet18",
+    "--initial_channels",
+    "4",
+    "--batch_size",
+    "8",
+    "--ngpu",
+    "0",
+    "--learning_rate",
+    "0.05",
+]
+SAGE = [
+    "--method",
+    "sage",
+    "--mixup_alpha",
+    "1.0",
+    "--upper_lambda",
+    "0.6",
+    "--rand_pos",
+    "0.01",
+    "--update_ratio",
+    "0.7",
+]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def main(*words: object, check: int | None = 0, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run main.py; ``check`` is the exit code it must have."""
+    command = [sys.executable, "main.py", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, **options)  # type: ignore[call-overload]
+    assert "Traceback" not in done.stderr, done.stderr
+    if check is not None:
+        assert done.returncode == check, done.stdout + done.stderr
+    return done
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """metrics.csv without its measured columns."""
+    with open(folder / "metrics.csv", newline="") as file:
+        measured = ("seconds", "images_per_second", "peak_memory_gb")
+        return [{k: v for k, v in row.items() if k not in measured} for row in csv.DictReader(file)]
+
+
+def weights(folder: Path, name: str = "checkpoint.pth.tar") -> dict[str, torch.Tensor]:
+    return torch.load(folder / name, weights_only=True)["state_dict"]

@@ -2,83 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-SMALL = [
-    "--arch",
-    "preactresnet18",
-    "--initial_channels",
-    "4",
-    "--batch_size",
-    "8",
-    "--ngpu",
-    "0",
-    "--learning_rate",
-    "0.05",
-]
-SAGE = [
-    "--method",
-    "sage",
-    "--mixup_alpha",
-    "1.0",
-    "--upper_lambda",
-    "0.6",
-    "--rand_pos",
-    "0.01",
-    "--update_ratio",
-    "0.7",
-]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def main(*words: object, check: int | None = 0, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run main.py; ``check`` is the exit code it must have."""
-    command = [sys.executable, "main.py", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, **options)  # type: ignore[call-overload]
-    assert "Traceback" not in done.stderr, done.stderr
-    if check is not None:
-        assert done.returncode == check, done.stdout + done.stderr
-    return done
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 training and 10 test images, 32×32, of two classes that differ in brightness."""
-    root = tmp_path_factory.mktemp("tree")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 15), ("test", 5)):
-        for name, level in (("dark", 60), ("light", 180)):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                Image.fromarray(rng.integers(level - 50, level + 50, (32, 32, 3), dtype=np.uint8)).save(
-                    folder / f"{i}.png"
-                )
-    return root
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    """metrics.csv without its measured columns."""
-    with open(folder / "metrics.csv", newline="") as file:
-        measured = ("seconds", "images_per_second", "peak_memory_gb")
-        return [{k: v for k, v in row.items() if k not in measured} for row in csv.DictReader(file)]
-
-
-def weights(folder: Path, name: str = "checkpoint.pth.tar") -> dict[str, torch.Tensor]:
-    return torch.load(folder / name, weights_only=True)["state_dict"]
+from tests.common import ENVIRONMENT, ROOT, SAGE, SMALL, main, rows, weights
 
 
 @pytest.fixture(scope="module")

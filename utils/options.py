@@ -6,7 +6,7 @@ import argparse
 import difflib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from load_data import DATASETS
@@ -85,79 +85,52 @@ def make_parser() -> Parser:
     """All flags with their defaults; a method's settings default to None, meaning its preset."""
     parser = Parser(
         prog="main.py",
+        usage="python3 main.py [flags]",
         description="Train and evaluate SAGE and the methods it is compared with.",
         epilog="A value given on the command line always wins over a method's preset.",
         allow_abbrev=False,
     )
+
+    def names(known: Iterable[str]) -> str:
+        return f"{', '.join(known)} (default: %(default)s)"
+
     positive = number(int, low=1)
     non_negative, at_least_zero = number(int, low=0), number(float, low=0)
 
+    # fmt: off
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--dataset", type=one_of(DATASETS), default="cifar10", help=f"{', '.join(DATASETS)} (default: %(default)s)")
+    add("--dataset", type=one_of(DATASETS), default="cifar10", help=names(DATASETS))
     add("--data_dir", default="cifar10", help="where the images are, or are downloaded to (default: %(default)s)")
     add("--image_size", type=number(int, low=8), help="side to bring the images of --dataset folder to")
     add("--labels_per_class", type=positive, default=5000, help="training images of each class (default: %(default)s)")
     add("--valid_labels_per_class", type=non_negative, default=0, help="others set aside for validation (default: 0)")
-    add(
-        "--workers",
-        type=non_negative,
-        default=2,
-        help="accepted, without effect: images are decoded once, by all cores",
-    )
+    add("--workers", type=non_negative, default=2, help="accepted, no effect: there are no worker processes")
 
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add(
-        "--arch",
-        type=one_of(ARCHITECTURES),
-        default="wrn28_10",
-        help=f"{', '.join(ARCHITECTURES)} (default: %(default)s)",
-    )
+    add("--arch", type=one_of(ARCHITECTURES), default="wrn28_10", help=names(ARCHITECTURES))
     add("--initial_channels", type=positive, default=64, help="width of the preactresnet family (default: %(default)s)")
     add("--dropout", type=boolean, default=False, help="dropout 1/2 before the classifier (default: False)")
 
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--method", type=one_of(tuple(METHODS)), default="vanilla", help=f"{', '.join(METHODS)} (default: %(default)s)")
+    add("--method", type=one_of(tuple(METHODS)), default="vanilla", help=names(METHODS))
     add("--epochs", type=positive, default=300, help="(default: %(default)s)")
     add("--batch_size", type=positive, default=100, help="(default: %(default)s)")
     add("--learning_rate", type=number(float, above=0), default=0.1, help="(default: %(default)s)")
     add("--momentum", type=number(float, low=0, high=1), default=0.9, help="Nesterov momentum (default: %(default)s)")
     add("--decay", type=at_least_zero, default=0.0001, help="weight decay (default: %(default)s)")
-    add(
-        "--schedule",
-        type=non_negative,
-        nargs="+",
-        default=[150, 225],
-        help="epochs at which the rate changes (default: 150 225)",
-    )
-    add(
-        "--gammas",
-        type=number(float, above=0),
-        nargs="+",
-        default=[0.1, 0.1],
-        help="its factors there (default: 0.1 0.1)",
-    )
+    add("--schedule", type=non_negative, nargs="+", default=[150, 225], help="epochs where the rate changes (150 225)")
+    add("--gammas", type=number(float, above=0), nargs="+", default=[0.1, 0.1], help="its factors there (0.1 0.1)")
     add("--seed", type=non_negative, default=0, help="(default: %(default)s)")
     add("--start_epoch", type=non_negative, default=0, help="count epochs from here (default: 0)")
 
     group = parser.add_argument_group("machine")
     add = group.add_argument
-    add(
-        "--ngpu",
-        type=non_negative,
-        default=1,
-        help="0: the CPU; N: so many GPUs, or the CPU with a warning (default: 1)",
-    )
-    add(
-        "--fast",
-        type=boolean,
-        nargs="?",
-        const=True,
-        default=False,
-        help="bfloat16, channels-last, compiled (default: False)",
-    )
+    add("--ngpu", type=non_negative, default=1, help="0: the CPU; N: so many GPUs, or the CPU, with a warning")
+    add("--sync_bn", type=boolean, default=False, help="batch norm over all processes of a run (default: False)")
+    add("--fast", type=boolean, nargs="?", const=True, default=False, help="bfloat16, compiled on a GPU (False)")
     add("--deterministic", type=boolean, default=False, help="bitwise repeatable on CUDA, slower (default: False)")
 
     group = parser.add_argument_group("records")
@@ -165,34 +138,13 @@ def make_parser() -> Parser:
     add("--root_dir", default="experiments", help="a folder of runs, one folder each (default: %(default)s)")
     add("--add_name", default="", help="appended to the run's name")
     add("--job_id", default="0", help="your scheduler's job, noted in config.json (default: 0)")
-    add(
-        "--print_freq",
-        type=positive,
-        default=100,
-        help="batches between lines where there is no terminal (default: 100)",
-    )
+    add("--print_freq", type=positive, default=100, help="batches between lines, without a terminal (default: 100)")
     add("--log_off", type=boolean, default=False, help="train without writing files (default: False)")
-    add(
-        "--checkpoint_minutes",
-        type=number(float, above=0),
-        default=5,
-        help="save this often within an epoch (default: 5)",
-    )
-    add(
-        "--overwrite",
-        type=boolean,
-        default=False,
-        help="start anew; the old folder is kept under another name (default: False)",
-    )
+    add("--checkpoint_minutes", type=number(float, above=0), default=5, help="between saves in an epoch (default: 5)")
+    add("--overwrite", type=boolean, default=False, help="start anew; the old folder stays, renamed (default: False)")
     add("--resume", default="", help="checkpoint to continue from, or to evaluate; a run's own is found without this")
-    add(
-        "--evaluate",
-        type=boolean,
-        nargs="?",
-        const=True,
-        default=False,
-        help="print the test numbers of --resume and stop",
-    )
+    add("--evaluate", type=boolean, nargs="?", const=True, default=False, help="print the test numbers of --resume")
+    # fmt: on
 
     add_method_flags(parser)
     return parser

@@ -62,7 +62,11 @@ def lock(folder: Path, args: argparse.Namespace) -> filelock.BaseFileLock:
 
 
 def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether the folder holds a finished run of these settings, which is then said. Other settings are refused, with the difference."""
+    """Whether the folder holds a finished run of these settings, which is then said.
+
+    Raises:
+        BadArguments: it holds a run of other settings; the message shows the difference.
+    """
     if (folder / "config.json").exists():
         held = records.read_json(folder / "config.json")["settings"]
         different = [
