@@ -193,6 +193,8 @@ def _movable(
     bound on its part in the gain of any group of cells. (On a tie the lower label wins.)
     """
     grids, count = len(labels), cost.shape[-1]
+    if count <= 4:  # of few pairs most can move, and to find out costs as much as to solve them
+        return np.ones((grids, count, count), np.bool_)
     labels = labels.ravel()
     same = labels[tail] == labels[head]
     within = np.zeros(labels.size, np.int64)

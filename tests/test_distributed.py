@@ -25,21 +25,22 @@ from utils import distributed, train
 from utils.distributed import World
 from utils.runtime import step_generator
 
-IMAGES = 11  # divides over neither 2 nor 4
+IMAGES = 12
+UNEVEN = 11  # divides over neither 2 nor 4
 
 
-def batch() -> tuple[Tensor, Tensor]:
+def batch(number: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(IMAGES, 3, 32, 32, generator=generator), torch.randint(0, 10, (IMAGES,), generator=generator)
+    return torch.randn(number, 3, 32, 32, generator=generator), torch.randint(0, 10, (number,), generator=generator)
 
 
 def network() -> nn.Module:
     return load_fixed_weights(build_model("preactresnet18", 10, initial_channels=4)).train()
 
 
-def one_step(model: nn.Module, name: str, world: World) -> None:
+def one_step(model: nn.Module, name: str, world: World, number: int = IMAGES) -> None:
     """Gradients of this rank's part with its own draws, in the model's ``.grad``."""
-    images, labels = (tensor[world.part(IMAGES)] for tensor in batch())
+    images, labels = (tensor[world.part(number)] for tensor in batch(number))
     method = build_method(name, "cifar10", 10, **({"update_ratio": 0.7, "rand_pos": 0.01} if name == "sage" else {}))
     draws = method.draw(step_generator(3, 0, 0, world.rank), len(images), 32, 32)
     method.step(model, images, labels, draws).loss.backward()
@@ -63,14 +64,17 @@ def work(rank: int, size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     world = World(rank, size, rank)
     found: dict[str, Any] = {}
+    weight = distributed.ImageWeight()
     for name in METHODS:
-        weight = distributed.ImageWeight()
-        weight.value = len(range(IMAGES)[world.part(IMAGES)]) / IMAGES
         model = network()
         one_step(distributed.data_parallel(model, weight), name, world)
         found[name] = gradients(model)
+    weight.value = len(range(UNEVEN)[world.part(UNEVEN)]) * size / UNEVEN
+    model = network()
+    one_step(distributed.data_parallel(model, weight), "vanilla", world, UNEVEN)
+    found["uneven"] = gradients(model)
     model = distributed.synchronise_batch_norm(network())
-    one_step(distributed.data_parallel(model, weight), "vanilla", world)
+    one_step(distributed.data_parallel(model, weight), "vanilla", world, UNEVEN)
     found["sync_bn"] = gradients(model)
     found["sync_bn_buffers"] = dict(model.named_buffers())
     data = sample_data()
@@ -93,14 +97,16 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         assert (found[name] - value).norm() <= tolerance * value.norm() + 1e-12, name
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, "uneven"])
 def test_ranks_give_the_gradients_of_one_process(ranks: SimpleNamespace, name: str) -> None:
+    """The shards one after another, with the same draws, averaged over images."""
+    number = UNEVEN if name == "uneven" else IMAGES
     expected: dict[str, Tensor] = {}
     for rank in range(ranks.size):
         world = World(rank, ranks.size, rank)
         model = network()
-        one_step(model, name, world)
-        share = len(range(IMAGES)[world.part(IMAGES)]) / IMAGES
+        one_step(model, "vanilla" if name == "uneven" else name, world, number)
+        share = len(range(number)[world.part(number)]) / number
         for key, value in gradients(model).items():
             expected[key] = expected.get(key, 0) + share * value
     assert_close(getattr(ranks, name), expected, 1e-5)
@@ -108,7 +114,7 @@ def test_ranks_give_the_gradients_of_one_process(ranks: SimpleNamespace, name: s
 
 def test_synchronised_batch_norm_is_the_whole_batch(ranks: SimpleNamespace) -> None:
     model = network()
-    one_step(model, "vanilla", World())
+    one_step(model, "vanilla", World(), UNEVEN)
     assert_close(ranks.sync_bn, gradients(model), 1e-4)
     expected = {name: buffer.float() for name, buffer in model.named_buffers()}
     assert_close({name: buffer.float() for name, buffer in ranks.sync_bn_buffers.items()}, expected, 1e-5)

@@ -33,24 +33,26 @@ def save(state: dict[str, Any], folder: Path, best: bool = False) -> None:
 
     The file is an ordinary ``torch.save`` archive that ``torch.load(…, weights_only=True)`` opens; its checksum is the
     archive's comment. Raises ``OSError`` with nothing half-written.
+
+    Killed anywhere in here, the folder holds the old last checkpoint or the new one, and never a last checkpoint that
+    is ahead of the best one. The best one is a file of its own: damage to one file is damage to one.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getbuffer()[:-2]  # without the length of the (empty) archive comment
     comment = _MARK + hashlib.sha256(content).hexdigest().encode()
-    if (folder / LAST).exists():
-        _link(folder / LAST, folder / PREVIOUS)
-    with atomic_write(folder / LAST) as file:
-        file.write(content)
-        file.write(struct.pack("<H", len(comment)) + comment)
-    if best:
-        _link(folder / LAST, folder / BEST)
+    for name in [BEST, LAST] if best else [LAST]:
+        with atomic_write(folder / name) as file:
+            file.write(content)
+            file.write(struct.pack("<H", len(comment)) + comment)
+            file.flush()
+            if name == LAST and (folder / LAST).exists():
+                _link(folder / LAST, folder / PREVIOUS)
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give ``source`` a second name, atomically. Checkpoints are replaced, never changed, so a link is as good as a
-    copy; where a file system has no links, it is copied."""
-    temporary = target.with_name(f".{target.name}.tmp")
+    """Give ``source`` a second name, atomically; where a file system has no links, it is copied."""
+    temporary = target.with_name(f".{target.name}.link.tmp")
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
@@ -88,6 +90,8 @@ def _pickles(content: bytes) -> Iterator[IO[bytes]]:
     """Streams positioned at each pickle: one in today's zip archives, five in a row before PyTorch 1.6."""
     if zipfile.is_zipfile(io.BytesIO(content)):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise UserError("refused: it is compressed, which PyTorch never does; it could unpack to anything")
             for name in archive.namelist():
                 if name.endswith("data.pkl"):
                     yield io.BytesIO(archive.read(name))
@@ -143,13 +147,18 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_last(folder: Path | None) -> dict[str, Any] | None:
-    """The folder's last checkpoint, or the one before if that is damaged; None where there is none that is whole."""
+    """The folder's last checkpoint; the one before, or the best one, if that is damaged; None where none is whole.
+
+    A damaged one gets another name, so that it never takes the place of the one before.
+    """
     if folder is None:
         return None
-    for name in (LAST, PREVIOUS):
+    for name in (LAST, PREVIOUS, BEST):
         if (folder / name).exists():
             try:
                 return load(folder / name)
             except DamagedCheckpoint as error:
-                log.warning(f"warning: {error}; falling back to the one before")
+                aside = folder / f"{name}.damaged"
+                os.replace(folder / name, aside)
+                log.warning(f"warning: {error}; kept as {aside.name}, an earlier one is used")
     return None

@@ -4,7 +4,7 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 --rdzv_backend=c10d main.py …
 
 The batch of ``--batch_size`` images is split over the ranks; each mixes its part with draws of its own. Gradients
-are averaged by DistributedDataParallel, weighted by the images of each part. Rank 0 alone reads and writes the folder.
+are averaged by DistributedDataParallel, every image counting alike. Rank 0 alone reads and writes the folder.
 """
 
 from __future__ import annotations
@@ -112,23 +112,28 @@ def share_buffers(model: nn.Module) -> None:
 
 
 class ImageWeight:
-    """What part of the batch this rank has; gradients are averaged by it, also those of a last batch that does not
-    divide."""
+    """How many images this rank has for each that an equal share of the batch would have: 1 unless a last batch does
+    not divide."""
 
     value: float = 1.0
 
 
 def data_parallel(model: nn.Module, weight: ImageWeight) -> nn.Module:
-    """The network whose backward averages gradients over ranks; the network itself in a world of one."""
+    """The network whose backward averages gradients over ranks; the network itself in a world of one.
+
+    Every gradient is weighted where it enters, at the logits, so that each image of the batch counts alike, also
+    through the statistics of a synchronised batch norm.
+    """
     if not dist.is_initialized():
         return model
 
-    def weighted_sum(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are text
-        future = dist.all_reduce(bucket.buffer().mul_(state.value), async_op=True).get_future()
-        return future.then(lambda done: done.value()[0])
+    def weigh(module: nn.Module, inputs: Any, logits: Tensor) -> None:
+        if logits.requires_grad and weight.value != 1:
+            factor = weight.value
+            logits.register_hook(lambda gradient: gradient * factor)
 
     parallel = DistributedDataParallel(model)
-    parallel.register_comm_hook(weight, weighted_sum)
+    parallel.register_forward_hook(weigh)
     return parallel
 
 

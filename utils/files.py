@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,22 +23,34 @@ class BadArguments(UserError):
 def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file beside ``path``; on success flush it to the disk and rename it, else remove it.
 
-    A reader sees the old content or the whole new one. Raises the ``OSError`` of the failing call.
+    A reader sees the old content or the whole new one. Raises the ``OSError`` of the failing call, with ``path``.
     """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    path, temporary = Path(path), ""
     try:
-        text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
         with open(handle, mode, **text) as file:  # type: ignore[call-overload]
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename, error.filename2 = str(path), None
         raise
+    finally:
+        if temporary:
+            with suppress(OSError):
+                os.unlink(temporary)
+
+
+def remove_leftovers(folder: str | os.PathLike[str], name: str = "*", older_than: float = 0.0) -> None:
+    """Remove temporary files for ``name`` whose writer was killed: those at least ``older_than`` seconds old."""
+    for path in Path(folder).glob(f".{name}.*tmp"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime >= older_than:
+                path.unlink()
 
 
 def _umask() -> int:

@@ -184,7 +184,7 @@ def train_epoch(run: Run, network: nn.Module, weight: distributed.ImageWeight) -
     saved = shown = last = time.monotonic()
     with progress_bar(total, run) as bar:
         for step, (images, labels) in enumerate(batches, start=progress.step):
-            weight.value = len(labels) / min(args.batch_size, number - step * args.batch_size)
+            weight.value = len(labels) * world.size / min(args.batch_size, number - step * args.batch_size)
             rng = step_generator(args.seed, progress.epoch, step, world.rank)
             draws = run.method.draw(rng, len(images), images.shape[2], images.shape[3], progress.epoch)
             run.optimizer.zero_grad(set_to_none=True)
