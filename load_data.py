@@ -57,7 +57,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.files import UserError, atomic_write
+from utils.files import UserError, atomic_write, remove_leftovers
 
 Colour = tuple[float, float, float]
 
@@ -67,7 +67,7 @@ NORMALISATION: dict[str, tuple[Colour, Colour]] = {
     "cifar100": ((129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255)),
     "tiny-imagenet-200": ((0.4802458, 0.44807219, 0.39754776), (0.27698641, 0.26906449, 0.28208191)),
 }
-IMAGE_SIZES = {"cifar10": 32, "cifar100": 32, "tiny-imagenet-200": 64}
+IMAGE_SIZES = {"cifar10": 32, "cifar100": 32, "tiny-imagenet-200": 64, "digits": 32}
 TINY_ARCHIVE = "tiny-imagenet-200.zip (http://cs231n.stanford.edu/tiny-imagenet-200.zip)"
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -397,6 +397,7 @@ def _image_tree(
     if images is None:
         images = _decode(files, size, workers, progress)
         if cache:
+            remove_leftovers(root, os.path.basename(path), older_than=3600)  # a younger one may still be written
             try:
                 with atomic_write(path) as file:
                     np.savez(file, key=np.array(key), train=images[0], test=images[1])

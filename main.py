@@ -15,8 +15,8 @@ import dataclasses
 import platform
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: out of GPU memory with --batch_size {args.batch_size}: make it smaller", file=sys.stderr)
     except OSError as error:
         print(f"error: {error.filename or ''} {error.strerror or error}".replace("  ", " "), file=sys.stderr)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped", file=sys.stderr)
-        return 130
+        return stop.args[0] if stop.args else 130
     return 1
 
 
@@ -65,19 +65,21 @@ def run(args: argparse.Namespace, typed: set[str]) -> int:
     method = build_method(args.method, args.dataset, 2, **options.method_settings(args))
     settings = runs.run_settings(args, method)
     folder = None if args.log_off or world.rank > 0 else Path(args.root_dir) / runs.run_name(args, method)
-    with runs.lock(folder, args) if folder else nullcontext():
+    stop = StopSignal()
+    with runs.lock(folder, args) if folder else nullcontext() as lock:
         finished = runs.is_finished(folder, settings) if folder else False
         if distributed.from_first(finished):
             return 0
-        stop = StopSignal()
         records.start_log(folder / "log.txt" if folder else None, quiet=world.rank > 0)
         if warning:
             log.warning(f"warning: {warning}")
         job = prepare_run(args, typed, settings, folder, device, stop, world)
+        job.lock = lock
         restore(job)
         if folder:
             write_config(job, folder)
         log.info(describe(job))
+        stop.training = True
         train.fit(job)
         if stop.exit_code:
             where = f"epoch {job.progress.epoch}, step {job.progress.step}"
@@ -104,6 +106,10 @@ def prepare_run(
         raise BadArguments(f"--batch_size {args.batch_size} is above the {len(data.train)} training images")
     of_method = {**options.method_settings(args), "mean": data.mean, "std": data.std}
     method = build_method(args.method, args.dataset, len(data.classes), **of_method)
+    try:
+        options.check_size(method, *data.image_size)
+    except ValueError as error:
+        raise BadArguments(str(error)) from error
     torch.manual_seed(args.seed)
     model = build_model(args.arch, len(data.classes), data.stride, args.initial_channels, args.dropout)
     if args.sync_bn:
@@ -129,13 +135,14 @@ def evaluate(args: argparse.Namespace, typed: set[str]) -> int:
         log.warning(f"warning: {warning}")
     set_precision(args.deterministic)
     state = checkpoint.load(args.resume)
-    for name, value in state.get("settings", {}).items():
-        if name in vars(args) and name not in typed:
-            setattr(args, name, value)
+    with well_formed(args.resume):
+        options.adopt(args, typed, state.get("settings", {}))
     data = load_images(args, typed).to(device)
     if state.get("classes", data.classes) != data.classes:
         raise UserError(f"{args.resume} was trained on other classes than those of {data.source}")
-    data = dataclasses.replace(data, mean=state.get("mean", data.mean), std=state.get("std", data.std))
+    with well_formed(args.resume):
+        colours: Any = {name: tuple(map(float, state.get(name, getattr(data, name)))) for name in ("mean", "std")}
+        data = dataclasses.replace(data, **colours)
     model = build_model(args.arch, len(data.classes), data.stride, args.initial_channels, args.dropout)
     load_weights(model, state, args)
     model = prepare(model, device, args.fast)
@@ -154,33 +161,50 @@ def load_images(args: argparse.Namespace, typed: set[str]) -> Data:
 
 
 def restore(job: train.Run) -> None:
-    """Continue from --resume, or from the folder's last good checkpoint if there is one."""
-    state = (
-        checkpoint.load(job.args.resume)
-        if job.args.resume
-        else checkpoint.load_last(job.folder)
-        if job.folder
-        else None
-    )
+    """Continue from the folder's last good checkpoint if there is one, else from --resume."""
+    resume, state, data = job.args.resume, None, job.data
+    if job.world.rank == 0:
+        state = checkpoint.load_last(job.folder)
+        if state is not None and job.folder:
+            resume = job.folder
+            runs.refuse_other_settings(job.folder, state["settings"], job.settings)
+            ours = {"images": len(data.train), "mean": data.mean, "std": data.std}
+            if any(state.get(name, value) != value for name, value in ours.items()):
+                raise UserError(f"the images of {data.source} are others than those that {resume} was begun with")
+        elif resume:
+            state = checkpoint.load(resume)
+    state = distributed.from_first(state)
     if state is None:
         return
+    if state.get("classes", data.classes) != data.classes:
+        raise UserError(f"{resume} was trained on other classes than those of {data.source}")
     load_weights(job.model, state, job.args)
     if "progress" not in state:
-        log.info(f"weights from {job.args.resume}; the optimiser starts anew at epoch {job.progress.epoch}")
+        log.info(f"weights from {resume}; the optimiser starts anew at epoch {job.progress.epoch}")
         return
-    job.optimizer.load_state_dict(state["optimizer"])
-    job.progress = train.Progress(**state["progress"])
+    with well_formed(resume):
+        job.optimizer.load_state_dict(state["optimizer"])
+        job.progress = train.Progress(**state["progress"])
     if job.folder and job.progress.rows:
         records.write_metrics(job.folder / "metrics.csv", job.progress.rows)
     log.info(f"continuing in epoch {job.progress.epoch}, step {job.progress.step}")
 
 
+@contextmanager
+def well_formed(path: str | Path) -> Iterator[None]:
+    """What a checkpoint holds need not be what this program put there."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {path} is not a training state that can be continued: {error}") from error
+
+
 def load_weights(model: torch.nn.Module, state: dict[str, Any], args: argparse.Namespace) -> None:
     """Weights by name, with or without DataParallel's prefix."""
-    weights = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
     try:
+        weights = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
         model.load_state_dict(weights)
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(
             f"the weights in {args.resume or 'the checkpoint'} do not fit --arch {args.arch}: {reason}"
@@ -222,6 +246,7 @@ def finish(job: train.Run) -> None:
     log.info(f"best acc : {best['test_top1']:.2f} in epoch {best['epoch']}")
     train.draw_curves(job)
     if job.folder:
+        records.write_metrics(job.folder / "metrics.csv", rows)
         result = {
             "summary": f"final {median:.2f} % (+- {spread:.2f}), best {best['test_top1']:.2f} %",
             "final_top1": median,

@@ -470,6 +470,8 @@ class CoMixup(PartialMixing):
         if self.m_block_num == -1 and not fitting:
             raise ValueError(f"neither of 2, 4, 8, 16 blocks a side divides an image of {height}×{width}")
         g = int(rng.choice(fitting)) if self.m_block_num == -1 else self.m_block_num
+        if height % g or width % g:
+            raise ValueError(f"m_block_num {g} does not divide an image of {height}×{width}")
         count = self.mixed_count(batch, epoch)
         sizes = [min(self.m_part, count - start) for start in range(0, count, self.m_part)]
         return SimpleNamespace(

@@ -276,6 +276,7 @@ class Sage(Method):
     def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> SimpleNamespace:
         """``lam``, ``permutation`` [B] and ``candidates`` [K, 2] of distinct (dy, dx), or None for every offset."""
         assert self.mixup_alpha is not None
+        self._check_size(height, width)
         lam = self.upper_lambda * (rng.beta(self.mixup_alpha, self.mixup_alpha) if self.mixup_alpha > 0 else 0.5)
         permutation = rng.permutation(batch)
         candidates = None
@@ -295,8 +296,7 @@ class Sage(Method):
         Raises:
             ValueError: images too small for the blur.
         """
-        if min(images.shape[2:]) <= self.kernel_size // 2:
-            raise ValueError(f"images of {tuple(images.shape[2:])} are too small for kernel_size {self.kernel_size}")
+        self._check_size(*images.shape[2:])
         permutation = as_index(draws.permutation, images.device)
         clean = one_hot(labels, self.num_classes)
         model.train(not self.eval_mode)
@@ -320,6 +320,10 @@ class Sage(Method):
             saliency=(saliency, saliency[permutation]),
             mask=mask,
         )
+
+    def _check_size(self, height: int, width: int) -> None:
+        if min(height, width) <= self.kernel_size // 2:
+            raise ValueError(f"images of {height}×{width} are too small for kernel_size {self.kernel_size}")
 
 
 def _floored(share: Any) -> Any:

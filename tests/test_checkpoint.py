@@ -61,9 +61,14 @@ def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
 def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "name"
     path.write_text("old")
-    with pytest.raises(OSError, match="full"), atomic_write(path, "w") as file:
-        file.write("half")
-        raise OSError("full")
+
+    def fill() -> None:
+        with atomic_write(path, "w") as file:
+            file.write("half")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fill()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["name"]
 

@@ -62,8 +62,9 @@ def join(ngpu: int) -> World:
 
 
 def leave() -> None:
-    """Part from the other processes."""
+    """Part from the other processes, all at once: one that leaves early looks like a failure to those that wait."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

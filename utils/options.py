@@ -9,8 +9,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from load_data import DATASETS
+import numpy as np
+
+from load_data import DATASETS, IMAGE_SIZES
 from mixup import METHODS, build_method, setting_defaults
+from mixup.base import Method
 from models import ARCHITECTURES
 
 # What may differ between two calls that belong to one run.
@@ -30,6 +33,9 @@ NOT_PART_OF_A_RUN = frozenset(
         "job_id",
     ]
 )
+
+
+LARGEST = 2**63  # of any number: what NumPy and PyTorch take as a seed
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,7 +65,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: fl
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not {'a whole number' if kind is int else 'a number'}"
             ) from None
-        if not (math.isfinite(value) and low <= value <= high and value > above):
+        if not (abs(value) < LARGEST and low <= value <= high and value > above):
             bounds = [f"above {above:g}"] * (above > -math.inf) + [f"at least {low:g}"] * (low > -math.inf)
             bounds += [f"at most {high:g}"] * (high < math.inf)
             raise argparse.ArgumentTypeError(f"{text} is out of range: must be {' and '.join(bounds) or 'finite'}")
@@ -102,7 +108,7 @@ def make_parser() -> Parser:
     add = group.add_argument
     add("--dataset", type=one_of(DATASETS), default="cifar10", help=names(DATASETS))
     add("--data_dir", default="cifar10", help="where the images are, or are downloaded to (default: %(default)s)")
-    add("--image_size", type=number(int, low=8), help="side to bring the images of --dataset folder to")
+    add("--image_size", type=number(int, low=8, high=1024), help="side to bring the images of --dataset folder to")
     add("--labels_per_class", type=positive, default=5000, help="training images of each class (default: %(default)s)")
     add("--valid_labels_per_class", type=non_negative, default=0, help="others set aside for validation (default: 0)")
     add("--workers", type=non_negative, default=2, help="accepted, no effect: there are no worker processes")
@@ -223,13 +229,33 @@ def find_problem(args: argparse.Namespace) -> str | None:
         return f"--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}"
     if args.evaluate and not args.resume:
         return "--evaluate needs --resume with the checkpoint to evaluate"
-    if "/" in args.add_name or "\0" in args.add_name:
-        return f"--add_name {args.add_name!r} becomes part of a folder's name and may hold no slash"
+    if "/" in args.add_name or not args.add_name.isprintable():
+        return f"--add_name {args.add_name!r} becomes part of a folder's name: printable, and no slash"
+    if args.image_size and args.dataset != "folder":
+        return f"--image_size is for --dataset folder; {args.dataset} has a size of its own"
+    size = args.image_size or IMAGE_SIZES.get(args.dataset)
     try:
-        build_method(args.method, args.dataset, 2, **method_settings(args))
+        method = build_method(args.method, args.dataset, 2, **method_settings(args))
+        if size:
+            check_size(method, size, size)
     except ValueError as error:
         return str(error)
     return None
+
+
+def check_size(method: Method, height: int, width: int) -> None:
+    """Raise ``ValueError`` where a method's settings do not fit images of this size."""
+    method.draw(np.random.default_rng(0), 1, height, width)
+
+
+def adopt(args: argparse.Namespace, typed: set[str], settings: dict[str, Any]) -> None:
+    """Put the settings of a checkpoint where none were typed, checked like typed ones."""
+    words = []
+    for name in settings.keys() & vars(args).keys() - typed - NOT_PART_OF_A_RUN:
+        if settings[name] is not None:
+            values = settings[name] if isinstance(settings[name], list) else [settings[name]]
+            words += [f"--{name}", *map(str, values)]
+    make_parser().parse_args(words, namespace=args)
 
 
 def method_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import json
 import logging
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -16,10 +20,13 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mixup.base import Step
 
-from .files import UserError, atomic_write
+from .files import atomic_write
 
 log = logging.getLogger("sage")
 
@@ -51,11 +58,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that ``write_json`` wrote."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); mend or remove it") from error
+    """A file that ``write_json`` wrote; ``ValueError`` where it is damaged."""
+    return json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
 
 
 def write_metrics(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -64,6 +68,44 @@ def write_metrics(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: format_value(value) for key, value in row.items()} for row in rows)
+
+
+class Events:
+    """TensorBoard scalars of a run: a file for every start of it, an appended record for every epoch.
+
+    PyTorch's writer does the same in a thread, which dies of a full disk with a traceback.
+    """
+
+    def __init__(self, folder: Path, epochs: int) -> None:
+        """``epochs`` were finished before this start; the last of them is repeated, as a killed run may lack it."""
+        self.path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self.written = max(0, epochs - 1)
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append what is new in ``rows``; an ``OSError`` leaves the file as it was."""
+        new = rows[self.written :]
+        events = [Event(step=row["epoch"], wall_time=time.time(), summary=Summary(value=scalars(row))) for row in new]
+        with open(self.path, "ab", buffering=0) as file:
+            size = file.tell()
+            if size == 0:  # readers then drop what an earlier file holds from that epoch on
+                start = Event(step=new[0]["epoch"], session_log=SessionLog(status=SessionLog.START))
+                events[:0] = [Event(file_version="brain.Event:2"), start]
+            content = io.BytesIO()
+            for event in events:
+                RecordWriter(content).write(event.SerializeToString())
+            if file.write(content.getbuffer()) != content.tell():
+                file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self.written = len(rows)
+
+
+def scalars(row: dict[str, Any]) -> list[Summary.Value]:
+    """The numbers of an epoch, in groups by the first part of their name."""
+    return [
+        Summary.Value(tag=name.replace("_", "/", 1), simple_value=value)
+        for name, value in row.items()
+        if isinstance(value, float)
+    ]
 
 
 def format_value(value: Any) -> str:
@@ -119,7 +161,7 @@ def draw_curves(path: Path, rows: Sequence[dict[str, Any]], title: str, schedule
     panels[1].set_title(
         f"test: last {rows[-1]['test_top1']:.2f} %, best {best['test_top1']:.2f} % in epoch {best['epoch']}"
     )
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     panels[1].legend(frameon=False)
     _save(figure, path)
 
@@ -159,7 +201,7 @@ def draw_mixed(path: Path, step: Step, images: torch.Tensor, data: Any, pairs: i
         for row, target in enumerate(step.targets[:count].detach().float().cpu()):
             shares = sorted(((float(v), data.classes[k]) for k, v in enumerate(target) if v > 0.005), reverse=True)
             text = " + ".join(f"{100 * value:.0f} % {name}" for value, name in shares[:3])
-            axes[row, -1].set_xlabel(text, fontsize=9, loc="right")
+            axes[row, -1].set_xlabel(text, fontsize=9, loc="right", parse_math=False)
     _save(figure, path)
 
 

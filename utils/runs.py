@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
+import os
+import sys
 import time
 from pathlib import Path
-from typing import Any
-
-import filelock
+from typing import IO, Any
 
 from mixup import build_method
 from mixup.base import Method
 
 from . import options, records
-from .files import BadArguments, UserError
+from .files import BadArguments, UserError, remove_leftovers
+
+LOCK = ".lock"
 
 
 def run_name(args: argparse.Namespace, method: Method) -> str:
@@ -42,23 +45,40 @@ def run_settings(args: argparse.Namespace, method: Method) -> dict[str, Any]:
     return {**{name: value for name, value in own.items() if name not in unused}, **of_method}
 
 
-def lock(folder: Path, args: argparse.Namespace) -> filelock.BaseFileLock:
-    """The folder, made ready and held by this process alone; a dead process holds nothing."""
+def lock(folder: Path, args: argparse.Namespace) -> IO:
+    """The folder, made ready and held by this process alone until the file is closed; a dead process holds nothing.
+
+    Raises:
+        UserError: another process holds it.
+        BadArguments: ``--overwrite`` would move ``--resume`` away.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    held = filelock.FileLock(folder / ".lock")
+    held = open(folder / LOCK, "a")  # noqa: SIM115
     try:
-        held.acquire(timeout=0)
-    except filelock.Timeout:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        held.close()
         raise UserError(
             f"another run is writing into {folder}; wait for it, or give this one another --add_name"
         ) from None
-    if args.overwrite and any(folder.iterdir()):
-        held.release()
+    except OSError as error:  # some network file systems
+        warn(f"{folder} cannot be locked ({error.strerror}): nothing keeps a second run from writing into it")
+    if args.overwrite and os.listdir(folder) != [LOCK]:
+        if args.resume and Path(args.resume).resolve().is_relative_to(folder.resolve()):
+            held.close()
+            raise BadArguments(f"--overwrite would move --resume {args.resume} away; copy that checkpoint elsewhere")
         aside = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-        folder.rename(aside)
-        print(f"the old run is kept as {aside}")
-        return lock(folder, argparse.Namespace(overwrite=False))
+        with held:
+            folder.rename(aside)
+            print(f"the old run is kept as {aside}")
+            return lock(folder, argparse.Namespace(overwrite=False))
+    remove_leftovers(folder)
     return held
+
+
+def warn(line: str) -> None:
+    """A warning before there is a log."""
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
@@ -67,19 +87,35 @@ def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
     Raises:
         BadArguments: it holds a run of other settings; the message shows the difference.
     """
-    if (folder / "config.json").exists():
-        held = records.read_json(folder / "config.json")["settings"]
-        different = [
-            f"--{name}: {held.get(name)} there, {settings.get(name)} here"
-            for name in sorted(held.keys() | settings.keys())
-            if held.get(name) != settings.get(name)
-        ]
-        if different:
-            raise BadArguments(
-                f"{folder} holds a run with other settings ({'; '.join(different)}). Give this run a name of its own "
-                "with --add_name, or start anew with --overwrite True"
-            )
-    if (folder / "result.json").exists():
-        print(f"{folder} is finished: {records.read_json(folder / 'result.json')['summary']}")
-        return True
-    return False
+    held = read(folder / "config.json", "settings")
+    if held is not None:
+        refuse_other_settings(folder, held, settings)
+    summary = read(folder / "result.json", "summary")
+    if summary is not None:
+        print(f"{folder} is finished: {summary}")
+    return summary is not None
+
+
+def read(path: Path, key: str) -> Any:
+    """One entry of a JSON file; None where there is no file, or a damaged one, which the run will write anew."""
+    if not path.exists():
+        return None
+    try:
+        return records.read_json(path)[key]
+    except (ValueError, TypeError, KeyError) as error:
+        warn(f"{path} is damaged ({error}); it is written anew")
+        return None
+
+
+def refuse_other_settings(folder: Path, held: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise ``BadArguments`` with the difference, if there is any."""
+    different = [
+        f"--{name}: {held.get(name)} there, {settings.get(name)} here"
+        for name in sorted(held.keys() | settings.keys())
+        if held.get(name) != settings.get(name)
+    ]
+    if different:
+        raise BadArguments(
+            f"{folder} holds a run with other settings ({'; '.join(different)}). Give this run a name of its own "
+            "with --add_name, or start anew with --overwrite True"
+        )

@@ -78,15 +78,18 @@ def peak_memory(device: torch.device) -> float:
 
 
 class StopSignal:
-    """Remembers SIGTERM, SIGINT or SIGUSR1 so that the loop can finish its batch and save; a second SIGINT stops at
-    once. ``exit_code`` is 0 until a signal came, then 130 (SIGINT) or 143."""
+    """Remembers SIGTERM, SIGINT or SIGUSR1 so that the loop can finish its batch and save. Stops at once, by
+    ``KeyboardInterrupt`` with the exit code, while not ``training``, when there is nothing to save, and on a second
+    SIGINT. ``exit_code`` is 0 until a signal came, then 130 (SIGINT) or 143."""
 
     def __init__(self) -> None:
         self.exit_code = 0
+        self.training = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        again = number == signal.SIGINT and self.exit_code == 130
         self.exit_code = 130 if number == signal.SIGINT else 143
+        if again or not self.training:
+            raise KeyboardInterrupt(self.exit_code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from . import checkpoint, distributed, records
 from .distributed import World
 from .files import UserError
 from .records import log
+from .runs import LOCK
 from .runtime import StopSignal, peak_memory, step_generator
 
 EVALUATION_BATCH = {"cpu": 250, "mps": 500, "cuda": 2000}
@@ -72,28 +74,43 @@ class Run:
     progress: Progress
     stop: StopSignal
     world: World = field(default_factory=World)
+    lock: IO | None = None
 
     def save(self, best: bool = False) -> None:
         """Write the checkpoint; a failing disk stops the run with one line, the one before stays."""
         if self.folder is None:
             return
+        if self.lock is not None and self.lock_is_lost():
+            raise UserError(f"{self.folder} was deleted and made again by another run; this one stops")
         state = {
             "sage": 1,  # version of this layout
             "settings": self.settings,
             "classes": self.data.classes,
             "mean": self.data.mean,
             "std": self.data.std,
+            "images": len(self.data.train),
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress),
         }
         try:
             checkpoint.save(state, self.folder, best)
+        except FileNotFoundError as error:
+            raise UserError(f"{self.folder} was deleted while the run was writing into it; this run stops") from error
         except OSError as error:
             raise UserError(
                 f"cannot write a checkpoint into {self.folder}: {error.strerror or error}; the one before is "
                 f"untouched. Make room there and type the same command again"
             ) from error
+
+    def lock_is_lost(self) -> bool:
+        """Whether the folder's lock is another file than the one this run holds."""
+        assert self.folder is not None
+        assert self.lock is not None
+        try:
+            return not os.path.samestat(os.stat(self.folder / LOCK), os.fstat(self.lock.fileno()))
+        except OSError:
+            return False
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
@@ -108,11 +125,23 @@ def hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return leaders[:, 0].sum(), leaders.sum()
 
 
+class Stopped(Exception):
+    """A signal came during evaluation, which can be done again."""
+
+
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, split: Split, data: Data, device: torch.device, prefix: str, world: World | None = None
+    model: nn.Module,
+    split: Split,
+    data: Data,
+    device: torch.device,
+    prefix: str,
+    world: World | None = None,
+    stop: StopSignal | None = None,
 ) -> dict[str, float]:
     """Top-1, top-5 (in %) and mean cross-entropy of a split, without augmentation.
+
+    A single process gives up with ``Stopped`` when ``stop`` has seen a signal.
 
     Ranks take the batches in turn; their sums are added in the order of the batches, so that the numbers are those of
     a single process to the last bit.
@@ -123,6 +152,8 @@ def evaluate(
     size = EVALUATION_BATCH[device.type]
     sums = torch.zeros(steps_per_epoch(len(split), size), 3, device=device, dtype=sum_type(device))
     for number, (images, labels) in enumerate(test_batches(split, data, batch_size=size, device=device)):
+        if stop is not None and stop.exit_code and world.size == 1:
+            raise Stopped
         if number % world.size == world.rank:
             logits = model(images).float()
             loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -192,6 +223,9 @@ def train_epoch(run: Run, network: nn.Module, weight: distributed.ImageWeight) -
                 result = run.method.step(network, images, labels, draws)
             except FloatingPointError as error:
                 raise not_finite(run, step) from error
+            except ValueError as error:
+                where = f"epoch {progress.epoch}, step {step}"
+                raise UserError(f"{args.method} stops in {where}: {error}. Try less extreme settings") from error
             result.loss.backward()
             run.optimizer.step()
             meter.add(step, result.loss.detach(), result.logits.detach(), labels)
@@ -281,7 +315,7 @@ def fit(run: Run) -> None:
     args, progress = run.args, run.progress
     weight = distributed.ImageWeight()
     network = distributed.data_parallel(run.model, weight)
-    writer = open_tensorboard(run)
+    events = records.Events(run.folder, len(progress.rows)) if run.folder else None
     drawn = -math.inf
     while progress.epoch < args.epochs and not stopped(run):
         rate = learning_rate(args, progress.epoch)
@@ -292,13 +326,16 @@ def fit(run: Run) -> None:
         log.info(records.line_of_epoch(progress.epoch, args.epochs, rate, progress.best, left))
         if not train_epoch(run, network, weight):
             break
-        row = finish_epoch(run, rate)
-        report_epoch(run, row, writer)
+        try:
+            row = finish_epoch(run, rate)
+        except Stopped:
+            refuse_bad_weights(run)
+            run.save()
+            break
+        report_epoch(run, row, events)
         if time.monotonic() - drawn > CURVES_SECONDS:
             draw_curves(run)
             drawn = time.monotonic()
-    if writer is not None:
-        writer.close()
 
 
 def stopped(run: Run) -> bool:
@@ -315,8 +352,8 @@ def finish_epoch(run: Run, rate: float) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(records.COLUMNS)
     row.update(epoch=progress.epoch, learning_rate=rate, **scores(progress.sums, "train"))
     if run.data.valid is not None:
-        row.update(evaluate(run.model, run.data.valid, run.data, run.device, "valid", run.world))
-    row.update(evaluate(run.model, run.data.test, run.data, run.device, "test", run.world))
+        row.update(evaluate(run.model, run.data.valid, run.data, run.device, "valid", run.world, run.stop))
+    row.update(evaluate(run.model, run.data.test, run.data, run.device, "test", run.world, run.stop))
     if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
         raise not_finite(run, progress.step)
     refuse_bad_weights(run)
@@ -333,7 +370,7 @@ def finish_epoch(run: Run, rate: float) -> dict[str, Any]:
     return row
 
 
-def report_epoch(run: Run, row: dict[str, Any], writer: Any) -> None:
+def report_epoch(run: Run, row: dict[str, Any], events: records.Events | None) -> None:
     """The epoch's lines, metrics.csv and TensorBoard scalars."""
     log.info(records.line_of_scores("Train", row, "train"))
     if run.data.valid is not None:
@@ -342,11 +379,8 @@ def report_epoch(run: Run, row: dict[str, Any], writer: Any) -> None:
     log.info(f"  {row['seconds']:.1f} s, {row['images_per_second']:.0f} images/s in training")
     if run.folder is not None:
         keep_going(partial(records.write_metrics, run.folder / "metrics.csv", run.progress.rows))
-    if writer is not None:
-        for name, value in row.items():
-            if isinstance(value, float):
-                writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
-        keep_going(writer.flush)
+    if events is not None:
+        keep_going(partial(events.write, run.progress.rows))
 
 
 def draw_curves(run: Run) -> None:
@@ -354,12 +388,3 @@ def draw_curves(run: Run) -> None:
     if run.folder is not None and run.progress.rows:
         title, path = run.folder.name, run.folder / "curves.png"
         keep_going(partial(records.draw_curves, path, run.progress.rows, title, run.args.schedule))
-
-
-def open_tensorboard(run: Run) -> Any:
-    """A writer for the run's folder that drops what a killed run wrote after its last checkpoint."""
-    if run.folder is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter  # slow to import: only when it is used
-
-    return SummaryWriter(str(run.folder), purge_step=run.progress.epoch)
