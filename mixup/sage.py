@@ -111,12 +111,14 @@ def approximate_scores(a: Tensor, b: Tensor) -> Tensor:
     pair = torch.stack([a, b.flip(1, 2)])
     rms = pair.square().sum(dim=0).mean(dim=(1, 2), keepdim=True).clamp(min=1e-30).sqrt()
     pair_bytes = 2 * len(EXPONENTS) * size[0] * (size[1] // 2 + 1) * 2 * a.element_size()
-    part = max(1, SPECTRUM_BYTES.get(a.device.type, 2 << 20) // pair_bytes)
+    part = max(1, SPECTRUM_BYTES["cuda" if a.is_cuda else "cpu"] // pair_bytes)
+    pair = pair / rms
     shared = []
-    for maps in (pair / rms)[:, :, None].split(part, dim=1):
+    for maps in pair[:, :, None].split(part, dim=1):
         spectra = torch.fft.rfft2((half_log_weights - exponents * maps).exp_().mul_(maps), s=size)
         shared.append(torch.fft.irfft2(spectra[0].mul_(spectra[1]).sum(dim=1), s=size)[:, :rows, :columns])
-    return (a.sum(dim=(1, 2), keepdim=True) + _mass_in_frame(b) - 2 * rms * torch.cat(shared)).flatten(1)
+    gain = _mass_in_frame(pair[1]) - 2 * torch.cat(shared)
+    return (a.sum(dim=(1, 2), keepdim=True) + rms * gain).flatten(1)
 
 
 def _best_of(a: Tensor, b: Tensor, candidates: Tensor, approximate: Tensor) -> Tensor:
@@ -130,13 +132,16 @@ def _best_of(a: Tensor, b: Tensor, candidates: Tensor, approximate: Tensor) -> T
     return candidates[index.gather(1, best)[:, 0]]
 
 
-def _mass_in_frame(b: Tensor) -> Tensor:
-    """[B, 2H−1, 2W−1]: how much of each map [B, H, W] stays in the frame at every offset."""
-    height, width = b.shape[1:]
-    rows = F.pad(b.flip(1), (0, 0, height, height - 1)).cumsum(1)
+def _mass_in_frame(turned: Tensor) -> Tensor:
+    """[B, 2H−1, 2W−1]: how much of a map stays in the frame at every offset, given the map turned round [B, H, W].
+
+    Values are counted in units of 2⁻³²: sums of integers are exact, and the same on every run and device.
+    """
+    height, width = turned.shape[1:]
+    rows = F.pad((turned * 2.0**32).long(), (0, 0, height, height - 1)).cumsum(1)
     rows = rows[:, height:] - rows[:, :-height]
-    columns = F.pad(rows.flip(2), (width, width - 1)).cumsum(2)
-    return columns[:, :, width:] - columns[:, :, :-width]
+    columns = F.pad(rows, (width, width - 1)).cumsum(2)
+    return (columns[:, :, width:] - columns[:, :, :-width]).to(turned.dtype) * 2.0**-32
 
 
 def _every_offset(height: int, width: int, device: torch.device) -> Tensor:
@@ -229,7 +234,8 @@ def gaussian_blur(maps: Tensor, kernel_size: int, sigma: float) -> Tensor:
     x = torch.arange(-margin, margin + 1, dtype=maps.dtype, device=maps.device)
     weights = torch.softmax(-0.5 * (x / sigma) ** 2, dim=0)
     padded = F.pad(maps[:, None], (margin,) * 4, mode="reflect")
-    return F.conv2d(F.conv2d(padded, weights[None, None, :, None]), weights[None, None, None, :])[:, 0]
+    with torch.autocast(maps.device.type, enabled=False):
+        return F.conv2d(F.conv2d(padded, weights[None, None, :, None]), weights[None, None, None, :])[:, 0]
 
 
 @dataclass
