@@ -1,9 +1,9 @@
 """Three images, and what Mixup, CutMix, SaliencyMix, Puzzle Mix, Co-Mixup and SAGE make of them, in one row.
 
-    python3 scripts/compare.py                                      # the README's figure, of the photographs named below
+    python3 scripts/compare.py --image_size 224 --seed 1     # the README's figure, of the photographs named below
     python3 scripts/compare.py cat.jpg dog.jpg bird.jpg --out animals.pdf
     python3 scripts/compare.py --dataset cifar10 --data_dir DATA --seed 7 --checkpoint RUNS/…/model_best.pth.tar
-    python3 scripts/compare.py --strips figures/methods             # a picture a method, with its mask
+    python3 scripts/compare.py --image_size 224 --seed 1 --strips figures/methods     # each method and its mask
 
 The first two images are mixed; Co-Mixup mixes all three, and of its three outputs the one that is shared most evenly is
 shown. Images keep their resolution, but for a central crop: all get the smallest height and width among them, rounded
@@ -91,13 +91,21 @@ class Maps(NamedTuple):
     origin: str
 
 
+class Tile(NamedTuple):
+    """One image of a picture, colours [3, H, W] in 0 … 1 or a map [H, W], and the words above and below it."""
+
+    title: str
+    image: Tensor
+    caption: str = ""
+
+
 class Mixed(NamedTuple):
-    """An image [3, H, W], the sources' shares in its target [3], and what led to it as (title, [H, W] or [3, H, W]).
-    Of Manifold Mixup, which mixes no images, ``image`` [H, W] is the mean size of the mixed features."""
+    """An image [3, H, W], the sources' shares in its target [3], and what led to it. Of Manifold Mixup, which mixes no
+    images, ``image`` [H, W] is the mean size of the mixed features."""
 
     image: Tensor
     shares: Tensor
-    steps: list[tuple[str, Tensor]]
+    steps: Sequence[Tile] = ()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,9 +186,9 @@ def read_sources(args: argparse.Namespace) -> Sources:
         pixels = data.test.images[chosen, :, :height, :width].float() / 255
         return Sources(pixels, [data.classes[label] for label in labels], labels)
     paths = args.images or [
+        Path(str(resources.files("sklearn.datasets.images") / "china.jpg")),
         Path(str(resources.files("sklearn.datasets.images") / "flower.jpg")),
         Path(str(resources.files("matplotlib") / "mpl-data" / "sample_data" / "grace_hopper.jpg")),
-        Path(str(resources.files("sklearn.datasets.images") / "china.jpg")),
     ]
     height, width = (
         args.image_size or min(sides)
@@ -249,8 +257,10 @@ def network_maps(network: nn.Module, state: dict[str, Any], sources: Sources, ar
     gradient, _ = input_gradient(network, images, clean)
     blurred = gaussian_blur(mean_magnitude(gradient), 5, 1.0)
     gradient, _ = input_gradient(network, images, lambda logits: F.cross_entropy(logits, labels))
-    maps = [ones_where_zero(resize(m[:, None], height, width)[:, 0]) for m in (blurred, root_mean_square(gradient))]
-    return Maps(*maps, f"saliency: gradient of {state['arch']} trained on {dataset}")
+    blurred, sharp = (
+        ones_where_zero(resize(m[:, None], height, width)[:, 0]) for m in (blurred, root_mean_square(gradient))
+    )
+    return Maps(blurred, sharp, f"saliency: gradient of {state['arch']} trained on {dataset}")
 
 
 def fine_grained_maps(pixels: Tensor) -> Maps:
@@ -280,24 +290,24 @@ def mix(sources: Sources, maps: Maps, lam: float, seed: int) -> dict[str, Mixed]
     a, b = sources.pixels[:1], sources.pixels[1:2]
     pair = sources.pixels[:2]
     height, width = pair.shape[2:]
-    results = {"input": Mixed(mix_images(pair, SWAP, lam)[0], shares(lam), [])}
+    results = {"input": Mixed(mix_images(pair, SWAP, lam)[0], shares(lam))}
 
     box: Any = cut_box(height, width, lam, rng.uniform(0, height), rng.uniform(0, width))
     mixed, ratio, mask = paste_box(pair, SWAP, box)
-    results["cutmix"] = Mixed(mixed[0], shares(ratio), [("weight of a", grey(mask))])
+    results["cutmix"] = Mixed(mixed[0], shares(ratio), [Tile("weight of a", grey(mask))])
 
     fine = fine_grained_saliency(to_bytes(b))[0]
     mixed, ratio, mask = paste_box(pair, SWAP, peak_box(height, width, lam, *saliency_peak(fine)))
     results["saliencymix"] = Mixed(
-        mixed[0], shares(ratio), [("saliency of b", fine.float()), ("weight of a", grey(mask))]
+        mixed[0], shares(ratio), [Tile("saliency of b", fine.float()), Tile("weight of a", grey(mask))]
     )
 
     # pixels are 0 … 1 here, and blocks move as a whole, as in Tiny-ImageNet's preset
     puzzle: tuple[Any, ...] = (pair, maps.sharp[:2], SWAP, lam, PUZZLE_BLOCKS, [0.0] * 3, [1.0] * 3)
     mixed, ratio = puzzle_mix(*puzzle, t_size=-1)
-    seen = [("saliency of a", maps.sharp[0]), ("saliency of b", maps.sharp[1])]
+    seen = [Tile("saliency of a", maps.sharp[0]), Tile("saliency of b", maps.sharp[1])]
     results["puzzle"] = Mixed(
-        mixed[0], shares(ratio[0]), [*seen, ("weight of a", grey(block_mask(*puzzle, t_size=-1)[0]))]
+        mixed[0], shares(ratio[0]), [*seen, Tile("weight of a", grey(block_mask(*puzzle, t_size=-1)[0]))]
     )
 
     drawn: dict[str, Any] = {
@@ -306,10 +316,10 @@ def mix(sources: Sources, maps: Maps, lam: float, seed: int) -> dict[str, Mixed]
         "compatibility": compatibility(maps.sharp, 0.001),
     }
     mixed, targets = co_mix(sources.pixels, torch.eye(3), maps.sharp, **drawn)
-    output = int(targets.amax(dim=1).argmin())
+    output = int(torch.special.entr(targets).sum(dim=1).argmax())
     cells = assign(maps.sharp, **drawn)[output].permute(2, 0, 1)
-    seen = [(f"saliency of {name}", s) for name, s in zip("abc", maps.sharp, strict=True)]
-    results["comix"] = Mixed(mixed[output], targets[output], [*seen, ("red a, green b, blue c", cells)])
+    seen = [Tile(f"saliency of {name}", s) for name, s in zip("abc", maps.sharp, strict=True)]
+    results["comix"] = Mixed(mixed[output], targets[output], [*seen, Tile("cells", cells, "a red\nb green\nc blue")])
 
     unit = maps.blurred / maps.blurred.sum(dim=(1, 2), keepdim=True)
     s_a, s_b = lam * unit[:1], (1 - lam) * unit[1:2]
@@ -318,8 +328,8 @@ def mix(sources: Sources, maps: Maps, lam: float, seed: int) -> dict[str, Mixed]
     none = torch.zeros_like(s_a)
     mask = blend(torch.ones_like(s_a)[:, None], none[:, None], s_a, s_b, offsets)[0][0, 0]
     moved = blend(none[:, None], s_b[:, None], none, s_b, offsets)[0][0, 0]
-    seen = [("saliency of a", s_a[0]), ("saliency of b", s_b[0]), ("both, b moved", s_a[0] + moved)]
-    results["sage"] = Mixed(mixed[0], shares(ratio[0]), [*seen, ("weight of a", grey(mask))])
+    seen = [Tile("saliency of a", s_a[0]), Tile("saliency of b", s_b[0]), Tile("both, b moved", s_a[0] + moved)]
+    results["sage"] = Mixed(mixed[0], shares(ratio[0]), [*seen, Tile("weight of a", grey(mask))])
     return results
 
 
@@ -347,9 +357,9 @@ def strips(sources: Sources, maps: Maps, network: nn.Module | None, lam: float, 
     with torch.no_grad():
         network(sources.pixels[:2], 1, look)
     (of_a, of_b), (mixed, _) = activations
-    manifold = [("features of a", of_a), ("features of b", of_b)]
+    manifold = [Tile("features of a", of_a), Tile("features of b", of_b)]
     return {
-        "vanilla": Mixed(sources.pixels[0], shares(1), []),
+        "vanilla": Mixed(sources.pixels[0], shares(1)),
         "manifold": Mixed(mixed, shares(lam), manifold),
         **mix(sources, maps, lam, seed),
     }
@@ -358,33 +368,19 @@ def strips(sources: Sources, maps: Maps, network: nn.Module | None, lam: float, 
 # -------------------------------------------------------------------------------------------------------------- drawing
 
 
-class Tile(NamedTuple):
-    """One square of a picture; ``apart`` puts a wider gap before it."""
-
-    title: str
-    image: Tensor
-    caption: str = ""
-    apart: bool = False
-
-
 def row(sources: Sources, origin: str, results: dict[str, Mixed]) -> Figure:
     """The sources at the left, then every method's image over its target."""
     tiles = [Tile(name, image) for name, image in zip(sources.names, sources.pixels, strict=True)]
-    for name, mixed in results.items():
-        tiles.append(Tile(LABELS[name], mixed.image, target(sources, mixed), apart=name == "input"))
-    return draw(tiles, origin, max(1, round(TILE / min(sources.pixels.shape[2:]))))
+    made = [Tile(LABELS[name], mixed.image, target(sources, mixed)) for name, mixed in results.items()]
+    return draw(tiles, made, max(1, round(TILE / min(sources.pixels.shape[2:]))), origin)
 
 
 def strip(sources: Sources, mixed: Mixed) -> Figure:
     """One method from its sources to its mixed image."""
-    count = max(1, int((mixed.shares > 0).sum()))
-    tiles = [
-        Tile(f"{letter}: {name}", image)
-        for letter, name, image in zip("abc"[:count], sources.names, sources.pixels, strict=False)
-    ]
-    tiles += [Tile(title, step) for title, step in mixed.steps]
-    tiles.append(Tile("input" if count == 1 else "mixed", mixed.image, target(sources, mixed), apart=True))
-    return draw(tiles, "", max(1, round(TILE / 2 / min(sources.pixels.shape[2:]))))
+    made = Tile("mixed" if mixed.shares.max() < 1 else "unmixed", mixed.image, target(sources, mixed))
+    last = int(mixed.shares.nonzero().max()) + 1
+    tiles = [Tile(f"{'abc'[i]}: {sources.names[i]}", sources.pixels[i]) for i in range(last)] if last > 1 else []
+    return draw([*tiles, *mixed.steps], [made], TILE / 2 / min(sources.pixels.shape[2:]))
 
 
 def target(sources: Sources, mixed: Mixed) -> str:
@@ -393,26 +389,24 @@ def target(sources: Sources, mixed: Mixed) -> str:
     return "\n".join(f"{value} % {name}" for value, name in zip(percent, sources.names, strict=True) if value)
 
 
-def draw(tiles: Sequence[Tile], note: str, scale: int) -> Figure:
-    """Tiles beside each other, one pixel of a tile being ``scale`` × ``scale`` of the picture's."""
-    height, width = (side * scale for side in tiles[0].image.shape[-2:])
+def draw(left: Sequence[Tile], right: Sequence[Tile], scale: float, note: str = "") -> Figure:
+    """Two groups of tiles in one row; a pixel of the last tile is ``scale`` × ``scale`` of the picture's."""
+    height, width = (round(side * scale) for side in right[-1].image.shape[-2:])
     gap, text = max(3, width // 40), max(10.0, width / 14)  # pixels
-    lefts, right = [], gap
-    for tile in tiles:
-        lefts.append(right + 3 * gap * tile.apart)
-        right = lefts[-1] + width + gap
+    tiles = [*left, *right]
+    starts = [gap + (width + gap) * i + 3 * gap * (0 < len(left) <= i) for i in range(len(tiles))]
     above, below = round(2 * text), round(1.5 * text + 1.35 * text * max(tile.caption.count("\n") for tile in tiles))
-    total = above + height + below
-    figure = Figure(figsize=(right / 100, total / 100), dpi=100)
-    words: dict[str, Any] = {"fontsize": 0.72 * text, "ha": "center", "linespacing": 1.25}
-    for tile, left in zip(tiles, lefts, strict=True):
-        axes = figure.add_axes((left / right, below / total, width / right, height / total))
-        axes.imshow(pixels_of(tile.image), interpolation="nearest", aspect="auto")
-        axes.set_axis_off()
-        middle = (left + width / 2) / right
-        figure.text(middle, (below + height + 0.5 * text) / total, tile.title, va="bottom", **words)
-        figure.text(middle, (below - 0.3 * text) / total, tile.caption, va="top", **words)
-    figure.text(gap / right, (below - 0.3 * text) / total, note, va="top", color="0.35", **{**words, "ha": "left"})
+    across, down = starts[-1] + width + gap, above + height + below
+    figure = Figure(figsize=(across / 100, down / 100), dpi=100)
+    words: dict[str, Any] = {"fontsize": 0.72 * text, "linespacing": 1.25}
+    for tile, start in zip(tiles, starts, strict=True):
+        axes = figure.add_axes((start / across, below / down, width / across, height / down), xticks=[], yticks=[])
+        axes.imshow(pixels_of(tile.image), interpolation="nearest" if scale >= 1 else "antialiased", aspect="auto")
+        axes.spines[:].set(color="0.6", linewidth=0.5)
+        middle = (start + width / 2) / across
+        figure.text(middle, (below + height + 0.5 * text) / down, tile.title, va="bottom", ha="center", **words)
+        figure.text(middle, (below - 0.3 * text) / down, tile.caption, va="top", ha="center", **words)
+    figure.text(gap / across, (below - 0.3 * text) / down, note, va="top", color="0.35", **words)
     return figure
 
 
@@ -426,8 +420,7 @@ def pixels_of(image: Tensor) -> np.ndarray:
 def save(figure: Figure, path: Path) -> None:
     """Write the figure, whole or not at all."""
     with atomic_write(path) as file:
-        kind = path.suffix[1:].lower()
-        figure.savefig(file, format=kind, **({"pil_kwargs": {"optimize": True}} if kind == "png" else {}))
+        figure.savefig(file, format=path.suffix[1:].lower())
 
 
 if __name__ == "__main__":

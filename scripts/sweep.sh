@@ -72,6 +72,8 @@ worker() {
     echo "$code" >"$results/$number.code"
     if [ $code -eq 0 ]; then
       grep -E "final 10 epoch|is finished" "$results/$number.out" | tail -n 1
+    elif [ $code -gt 128 ]; then
+      echo "stopped by signal $((code - 128)); the same call continues it"
     else
       echo "failed with exit code $code: $(tail -n 1 "$results/$number.out")"
     fi
