@@ -1,0 +1,513 @@
+"""What mixing, whole training steps, and SAGE's search cost on this machine: tables, and a JSON file with --out.
+
+    python3 scripts/benchmark.py                                     # all three parts; minutes on two CPU cores
+    python3 scripts/benchmark.py --parts steps --methods vanilla sage --fast --device cuda --repeats 50
+    python3 scripts/benchmark.py --parts search --plot figures/search_cost.png
+
+mixing: a batch whose saliency is known, without the network. steps: draw, saliency pass, mixing, forward, backward and
+optimiser. search: time of SAGE's search of one pair against the pixels, and of a batch against the candidates.
+
+Repetitions are interleaved (A B C A B C …), so that a machine that slows down slows all. Times are in milliseconds, the
+median over repetitions; the least stands beside it. The ratio to vanilla is the median of the ratios within each
+repetition. Peak memory is that of one step alone: allocated on CUDA; on Linux the process' resident memory.
+The share of the peak compares a step's multiplications and additions per second with those of one large matrix
+product in the step's precision on the same device. Images are random crops of scikit-learn's two photographs, weights
+are random, and saliency is the gradient of that network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from sklearn.datasets import load_sample_images
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from load_data import NORMALISATION
+from mixup import METHODS, build_method
+from mixup.base import Method, mixed_targets, one_hot
+from mixup.comix import co_mix, compatibility
+from mixup.cutmix import cut_box, paste_box
+from mixup.input import mix_images
+from mixup.puzzle import BLOCK_COUNTS, puzzle_mix
+from mixup.sage import SHORT_LIST, best_offsets, blend, exact_scores, gaussian_blur
+from mixup.saliency import fine_grained_saliency, input_gradient, mean_magnitude, ones_where_zero, root_mean_square
+from mixup.saliencymix import peak_box, saliency_peak
+from models import ARCHITECTURES, build_model
+from utils import records
+from utils.files import atomic_write
+from utils.options import Parser, number, one_of
+from utils.runtime import prepare, set_precision
+
+CLASSES = 10
+SHARE = 0.01  # of all offsets: the paper's --rand_pos
+PAPER = {"upper_lambda": 0.6, "update_ratio": 0.7}  # SAGE on CIFAR-10
+MEAN, STD = NORMALISATION["cifar10"]
+BRUTE_FORCE_PIXELS = 64 * 64  # beyond, trying every offset takes longer than all the rest
+Work = Callable[[int], object]  # takes the number of the repetition
+Name = TypeVar("Name", bound=Hashable)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure; returns the exit code."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    for path in (args.out, args.plot):
+        if path and not path.absolute().parent.is_dir():
+            parser.error(f"there is no folder {path.parent} for {path}")
+    if args.plot and "search" not in args.parts:
+        parser.error("--plot shows the search: add search to --parts")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: this PyTorch finds no CUDA device")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    set_precision(False)
+    torch.manual_seed(0)
+    result: dict[str, Any] = {"machine": machine(device), "settings": settings(args)}
+    print("\n".join(f"{key}: {value}" for key, value in result["machine"].items()))
+    measure = {"mixing": mixing, "steps": steps, "search": search}
+    try:
+        for part in args.parts:
+            result[part] = measure[part](args, device)
+            if args.out:
+                records.write_json(args.out, result)
+        if args.plot:
+            draw_search(args.plot, result["search"], result["machine"])
+    except torch.OutOfMemoryError:
+        print(f"error: out of memory on {device}: lower --batch_size {args.batch_size}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename or ''} {error.strerror or error}".replace("  ", " "), file=sys.stderr)
+        return 1
+    return 0
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        description=__doc__,
+        prog="benchmark.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    positive = number(int, low=1)
+    parts = ("mixing", "steps", "search")
+    add("--parts", nargs="+", type=one_of(parts), default=parts, help="mixing, steps, search (default: all)")
+    add("--methods", nargs="+", type=one_of(tuple(METHODS)), default=tuple(METHODS), help="which (default: all)")
+    add("--arch", type=one_of(ARCHITECTURES), default="preactresnet18", help="(default: %(default)s)")
+    add("--initial_channels", type=positive, default=64, help="of a preactresnet (default: %(default)s)")
+    add("--batch_size", type=positive, default=100, help="(default: %(default)s)")
+    add("--image_size", type=number(int, low=16), default=32, help="side of the images (default: %(default)s)")
+    add(
+        "--search_sizes",
+        nargs="+",
+        type=number(int, low=4),
+        default=[16, 32, 64, 128, 224],
+        help="sides of the images searched",
+    )
+    add("--device", type=one_of(("cpu", "cuda")), default="cpu", help="(default: %(default)s)")
+    add("--threads", type=positive, help="of PyTorch on the CPU (default: its own choice)")
+    add("--fast", action="store_true", help="whole steps as main.py --fast runs them")
+    add(
+        "--repeats",
+        type=positive,
+        help="of whole steps (default: 3 on the CPU, 20 on CUDA); the others take ten times as many",
+    )
+    add("--out", type=Path, help="JSON file with all that is printed")
+    add("--plot", type=Path, help="PNG of the search's cost against the pixels")
+    return parser
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {key: value for key, value in vars(args).items() if key not in ("out", "plot")}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a reader has to know about where this ran."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    found = {
+        "cpu": f"{name}, {os.cpu_count()} logical cores",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": records.git_commit(),
+    }
+    return found | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def interleaved(works: dict[Name, Work], repeats: int, device: torch.device) -> dict[Name, list[float]]:
+    """Milliseconds of each work in each of ``repeats`` rounds over all, after one round to warm up."""
+    times: dict[Name, list[float]] = {name: [] for name in works}
+    for repetition in range(-1, repeats):
+        for name, work in works.items():
+            synchronise(device)
+            start = time.perf_counter()
+            work(max(repetition, 0))
+            synchronise(device)
+            if repetition >= 0:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(work: Work, device: torch.device) -> float | None:
+    """MB that were in use at most during one call; None where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        work(0)
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+        work(0)
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
+
+
+def matrix_product_speed(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second in the best of ten large matrix products."""
+    side = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=device).to(dtype)
+    milliseconds = interleaved({"product": lambda _: a @ a}, 10, device)["product"]
+    return 2 * side**3 / (min(milliseconds) / 1000)
+
+
+def growth(sizes: Sequence[float], milliseconds: Sequence[float]) -> float | None:
+    """The exponent p of time ~ size^p, by least squares in logarithms; None of a single size."""
+    if len(sizes) < 2:
+        return None
+    return float(np.polyfit(np.log(sizes), np.log(milliseconds), 1)[0])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print Markdown, aligned."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    print()
+    for row in (head, ["-" * width for width in widths], *rows):
+        cells = [
+            f"{cell:{'<' if i == 0 else '>'}{width}}" for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ the parts
+
+
+def batch_of(count: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random crops [B, 3, H, W] of the photographs, normalised, and random labels [B]."""
+    rng = np.random.default_rng(0)
+    photographs = [torch.from_numpy(image.copy()) for image in load_sample_images().images]
+    crops = []
+    for i in range(count):
+        photograph = photographs[i % len(photographs)]
+        side = int(rng.integers(64, 321))  # objects and not only texture
+        top, left = (int(rng.integers(0, length - side + 1)) for length in photograph.shape[:2])
+        crop = photograph[top : top + side, left : left + side].permute(2, 0, 1)[None].float() / 255
+        crops.append(F.interpolate(crop, (height, width), mode="bilinear", antialias=True))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    labels = torch.from_numpy(rng.integers(CLASSES, size=count))
+    return ((torch.cat(crops) - mean) / std).to(device), labels.to(device)
+
+
+def network_of(args: argparse.Namespace, device: torch.device, fast: bool) -> nn.Module:
+    stride = 2 if args.image_size >= 64 else 1
+    return prepare(build_model(args.arch, CLASSES, stride, args.initial_channels), device, fast)
+
+
+def mixing(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of each method's mixing alone, saliency being known."""
+    batch, size, rng = args.batch_size, args.image_size, np.random.default_rng(0)
+    images, labels = batch_of(batch, size, size, device)
+    network = network_of(args, device, False)
+    gradient, _ = input_gradient(network, images, lambda logits: F.cross_entropy(logits, labels))
+    sharp = ones_where_zero(root_mean_square(gradient))
+    blurred = ones_where_zero(gaussian_blur(mean_magnitude(gradient), 5, 1.0))
+    features: list[Tensor] = []
+    with torch.no_grad():
+        network(images, 1, lambda x: features.append(x) or x)  # type: ignore[func-returns-value]
+    as_bytes = (images * 60 + 120).clamp(0, 255).to(torch.uint8)
+    permutation = torch.from_numpy(rng.permutation(batch)).to(device)
+    unit = blurred / blurred.sum(dim=(1, 2), keepdim=True)
+    a, b = 0.4 * unit, 0.6 * unit[permutation]
+    partner = images[permutation]
+    target = one_hot(labels, CLASSES)
+
+    def plain(x: Tensor) -> object:
+        return mix_images(x, permutation, 0.4), mixed_targets(labels, permutation, 0.4, CLASSES)
+
+    def cutmix() -> object:
+        mixed, ratio, _ = paste_box(images, permutation, cut_box(size, size, 0.4, size / 2, size / 2))
+        return mixed, mixed_targets(labels, permutation, ratio, CLASSES)
+
+    def saliencymix() -> object:
+        peak = saliency_peak(fine_grained_saliency(as_bytes[:1])[0])
+        mixed, ratio, _ = paste_box(images, permutation, peak_box(size, size, 0.4, *peak))
+        return mixed, mixed_targets(labels, permutation, ratio, CLASSES)
+
+    def puzzle(blocks: int) -> object:
+        mixed, ratio = puzzle_mix(images, sharp, permutation, 0.4, blocks, MEAN, STD)
+        return mixed, mixed_targets(labels, permutation, ratio, CLASSES)
+
+    def comix(draws: Any) -> object:
+        parts = []
+        for start, end in draws.parts:
+            shape = (-1, min(20, end - start))
+            x, y, s = (t[start:end].unflatten(0, shape) for t in (images, target, sharp))
+            prior, first = (t[start:end].reshape(*shape, *t.shape[1:]) for t in (draws.prior, draws.initial_labels))
+            drawn = {"prior": prior, "initial_labels": first, "compatibility": compatibility(s, 0.001)}
+            parts.append(co_mix(x, y, s, **drawn))
+        return parts
+
+    def sage(candidates: Any) -> object:
+        mixed, ratio = blend(images, partner, a, b, best_offsets(a, b, candidates))
+        return mixed, mixed_targets(labels, permutation, ratio, CLASSES)
+
+    part_draws = build_method("comix", "cifar10", CLASSES).draw(rng, batch, size, size)
+    part_draws.parts = [(0, batch - batch % 20), (batch - batch % 20, batch)]
+    part_draws.parts = [(start, end) for start, end in part_draws.parts if end > start]
+    some = candidates_of(size, size, SHARE, rng)
+    works: dict[str, Work] = {}
+    if "input" in args.methods:
+        works["input"] = lambda _: plain(images)
+    if "manifold" in args.methods:
+        works[f"manifold, after the first stage ({features[0].shape[1]} channels)"] = lambda _: plain(features[0])
+    if "cutmix" in args.methods:
+        works["cutmix"] = lambda _: cutmix()
+    if "saliencymix" in args.methods:
+        works["saliencymix"] = lambda _: saliencymix()
+        works["saliencymix, the map of every image"] = lambda _: fine_grained_saliency(as_bytes)
+    if "puzzle" in args.methods:
+        for n in BLOCK_COUNTS:
+            if size % (4 * n) == 0 or (size % n == 0 and size // n < 4):
+                works[f"puzzle, {n} blocks a side"] = lambda _, n=n: puzzle(n)  # type: ignore[misc]
+    if "comix" in args.methods:
+        works["comix"] = lambda _: comix(part_draws)
+    if "sage" in args.methods:
+        works[f"sage, {len(some)} offsets"] = lambda _: sage(some)
+        works[f"sage, all {(2 * size - 1) ** 2} offsets"] = lambda _: sage(None)
+    with torch.no_grad():
+        times = interleaved(works, 10 * repeats(args), device)
+    print(f"\nmixing alone, batch of {batch}, {size}×{size}, {10 * repeats(args)} interleaved repetitions")
+    rows = {name: {"median_ms": statistics.median(t), "min_ms": min(t)} for name, t in times.items()}
+    table(
+        ("mixing", "median ms", "least ms"),
+        [(k, f"{v['median_ms']:.2f}", f"{v['min_ms']:.2f}") for k, v in rows.items()],
+    )
+    return rows
+
+
+def repeats(args: argparse.Namespace) -> int:
+    return args.repeats or (20 if args.device == "cuda" else 3)
+
+
+def candidates_of(height: int, width: int, share: float, rng: np.random.Generator) -> Tensor:
+    """Random offsets as SAGE draws them."""
+    method = build_method("sage", "cifar10", CLASSES, rand_pos=share)
+    return torch.from_numpy(method.draw(rng, 1, height, width).candidates)
+
+
+def steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Whole training steps of each method beside vanilla's."""
+    methods: dict[str, Method] = {"vanilla": build_method("vanilla", "cifar10", CLASSES)}
+    for name in args.methods:
+        if name == "sage":
+            for label, share in ((f"sage, {SHARE:.0%} of the offsets", SHARE), ("sage, all offsets", 1.0)):
+                methods[label] = build_method(name, "cifar10", CLASSES, rand_pos=share, **PAPER)
+        else:
+            methods[name] = build_method(name, "cifar10", CLASSES)
+    images, labels = batch_of(args.batch_size, args.image_size, args.image_size, device)
+    network = network_of(args, device, args.fast)
+    optimizer = torch.optim.SGD(
+        network.parameters(), 0.001, 0.9, weight_decay=1e-4, nesterov=True, fused=True if args.fast else None
+    )
+
+    def step_of(method: Method) -> Work:
+        def work(repetition: int) -> None:
+            draws = method.draw(np.random.default_rng(repetition), len(images), *images.shape[2:])
+            optimizer.zero_grad(set_to_none=True)
+            method.step(network, images, labels, draws).loss.backward()
+            optimizer.step()
+
+        return work
+
+    works = {label: step_of(method) for label, method in methods.items()}
+    times = interleaved(works, repeats(args), device)
+    peak = matrix_product_speed(torch.bfloat16 if args.fast else torch.float32, device)
+    mode = " --fast" if args.fast else ""
+    print(
+        f"\nwhole steps, {args.arch}{mode}, {args.initial_channels} channels, batch of {args.batch_size}, "
+        f"{args.image_size}×{args.image_size}, {repeats(args)} interleaved repetitions; "
+        f"a matrix product reaches {peak / 1e12:.2f} TFLOP/s"
+    )
+    rows = {}
+    for label, method in methods.items():
+        median = statistics.median(times[label])
+        rows[label] = {
+            "median_ms": median,
+            "min_ms": min(times[label]),
+            "ratio": statistics.median(t / v for t, v in zip(times[label], times["vanilla"], strict=True)),
+            "images_per_second": 1000 * args.batch_size / median,
+            "peak_memory_mb": peak_memory(works[label], device),
+            "share_of_peak": operations(args, method) * args.batch_size / (median / 1000) / peak,
+        }
+    table(
+        ("step", "median ms", "least ms", "× vanilla", "images/s", "peak MB", "of peak"),
+        [
+            (
+                label,
+                f"{row['median_ms']:.1f}",
+                f"{row['min_ms']:.1f}",
+                f"{row['ratio']:.2f}",
+                f"{row['images_per_second']:.0f}",
+                "–" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:.0f}",
+                f"{row['share_of_peak']:.0%}",
+            )
+            for label, row in rows.items()
+        ],
+    )
+    return rows
+
+
+def operations(args: argparse.Namespace, method: Method) -> float:
+    """Multiplications and additions of the network's layers in a step, an image."""
+    cpu = torch.device("cpu")
+    images, labels = batch_of(4, args.image_size, args.image_size, cpu)
+    network = network_of(args, cpu, False)
+    draws = method.draw(np.random.default_rng(0), 4, *images.shape[2:])
+    with FlopCounterMode(display=False) as counter:
+        method.step(NotFirst(network), images, labels, draws).loss.backward()  # type: ignore[arg-type]
+    return counter.get_total_flops() / 4
+
+
+class NotFirst:
+    """A network whose layers see no tensor that ``autograd.grad`` was asked for: ``FlopCounterMode`` cannot."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self.train = network, network.train
+
+    def __call__(self, images: Tensor, *rest: Any) -> Tensor:
+        return self.network(images * 1, *rest)
+
+
+def search(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """SAGE's search alone: one pair against the pixels, a batch against the candidates."""
+    rng, count = np.random.default_rng(0), 3 * repeats(args)
+    some_label, brute_label = f"{SHARE:.0%} of the offsets", "all, one by one"
+    pairs = {side: max(1, args.batch_size * 32**2 // side**2) for side in args.search_sizes}
+    works: dict[tuple[str, int], Work] = {}
+    brute: dict[tuple[str, int], Work] = {}
+    for side in args.search_sizes:
+        a, b = maps_of(pairs[side], side, device)
+        some = candidates_of(side, side, SHARE, rng).to(device)
+        works["all offsets", side] = partial(call, best_offsets, a, b)
+        works[some_label, side] = partial(call, best_offsets, a, b, some)
+        if side**2 <= BRUTE_FORCE_PIXELS:
+            every = candidates_of(side, side, 1 - 1e-9, rng).to(device)
+            brute[brute_label, side] = partial(call, brute_force, a, b, every)
+    times = interleaved(works, count, device) | interleaved(brute, 3, device)
+    print(f"\nsearch of one pair, {count} interleaved repetitions (3 of one by one); n: pixels")
+    result: dict[str, Any] = {"pixels": {}, "candidates": {}}
+    rows = []
+    for label in ("all offsets", some_label, brute_label):
+        per_pair = {side: statistics.median(t) / pairs[side] for (of, side), t in times.items() if of == label}
+        large = [side for side in per_pair if side >= 32]
+        exponent = growth([side**2 for side in large], [per_pair[side] for side in large])
+        result["pixels"][label] = {"ms_per_pair": {side**2: t for side, t in per_pair.items()}, "exponent": exponent}
+        cells = [f"{per_pair[side]:.3f}" if side in per_pair else "–" for side in args.search_sizes]
+        rows.append((label, *cells, power("n", exponent)))
+    table(("ms a pair", *(f"{side}×{side}" for side in args.search_sizes), "growth from 32²"), rows)
+
+    size = args.image_size
+    a, b = maps_of(args.batch_size, size, device)
+    total = (2 * size - 1) ** 2
+    counts = sorted(k for k in {10, total // 100, 100, 300, 1000, total // 3} if k < total)
+    by_count: dict[int, Work] = {
+        k: partial(call, best_offsets, a, b, candidates_of(size, size, (k + 0.5) / total, rng)) for k in counts
+    }
+    by_count[total] = partial(call, best_offsets, a, b)
+    medians = {k: statistics.median(t) for k, t in interleaved(by_count, count, device).items()}
+    short = [k for k in counts if k <= SHORT_LIST]
+    result["candidates"] = medians
+    result["candidates_exponent"] = growth(short, [medians[k] for k in short])
+    print(f"\nsearch of {args.batch_size} pairs, {size}×{size}, {count} interleaved repetitions; k: candidates")
+    head = ("candidates", *map(str, medians), f"growth to {SHORT_LIST}")
+    table(head, [("median ms", *(f"{t:.2f}" for t in medians.values()), power("k", result["candidates_exponent"]))])
+    return result
+
+
+def call(function: Callable[..., object], *rest: Any) -> None:
+    """A ``Work`` by ``partial``: the last argument, the repetition, is not the function's."""
+    function(*rest[:-1])
+
+
+def power(name: str, exponent: float | None) -> str:
+    return "–" if exponent is None else f"{name}^{exponent:.2f}"
+
+
+def maps_of(count: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Saliency [B, side, side] of pairs with mass 0.4 and 0.6: the fine-grained maps of the crops, blurred."""
+    images, _ = batch_of(2 * count, side, side, torch.device("cpu"))
+    maps = fine_grained_saliency((images * 60 + 120).clamp(0, 255).to(torch.uint8)).float()
+    maps = ones_where_zero(gaussian_blur(maps, 5, 1.0)).to(device)
+    unit = maps / maps.sum(dim=(1, 2), keepdim=True)
+    return 0.4 * unit[:count], 0.6 * unit[count:]
+
+
+def brute_force(a: Tensor, b: Tensor, candidates: Tensor) -> Tensor:
+    """The best of all offsets by scoring each pixel by pixel."""
+    scores = [exact_scores(a, b, part.expand(len(a), -1, -1)) for part in candidates.split(256)]
+    return candidates[torch.cat(scores, dim=1).argmax(dim=1)]
+
+
+def draw_search(path: Path, result: dict[str, Any], about: dict[str, Any]) -> None:
+    """Cost of one pair's search against its pixels, both axes logarithmic."""
+    figure = Figure(figsize=(6, 4), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    for (label, line), marker in zip(result["pixels"].items(), "os^", strict=True):
+        points = line["ms_per_pair"]
+        axes.loglog(
+            list(points), list(points.values()), marker=marker, label=f"{label}: {power('n', line['exponent'])}"
+        )
+    sizes = sorted({pixels for line in result["pixels"].values() for pixels in line["ms_per_pair"]})
+    axes.set_xticks(sizes, [f"{math.isqrt(n)}×{math.isqrt(n)}" for n in sizes])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("image [pixels]")
+    axes.set_ylabel("search of one pair [ms]")
+    axes.set_title(f"{about.get('gpu') or about['cpu']}, {about['threads']} threads", fontsize=9)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""scripts/compare.py and scripts/benchmark.py as processes, at tiny sizes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models import build_model
+from tests.common import ENVIRONMENT, ROOT
+
+METHODS = ("vanilla", "input", "manifold", "cutmix", "saliencymix", "puzzle", "comix", "sage")
+
+
+def run(script: str, *words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a script, which must leave with ``code`` and, if that is not 0, with one line of error."""
+    command = [sys.executable, f"scripts/{script}", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    if code:
+        assert done.stderr.count("\n") == 1, done.stderr
+    return done
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights alone, under the prefix that published checkpoints have."""
+    torch.manual_seed(0)
+    weights = build_model("preactresnet18", 10, 1, 64).state_dict()
+    path = tmp_path_factory.mktemp("checkpoint") / "published.pth.tar"
+    torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}, "epoch": 3}, path)
+    return path
+
+
+def test_compare_mixes_any_three_images(checkpoint: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shapes = [(70, 100), (64, 140), (90, 96)]  # height, width; common: 64×96
+    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
+    for i, (shape, colour) in enumerate(zip(shapes, colours, strict=True)):
+        noise = rng.integers(0, 6, (*shape, 3))
+        Image.fromarray((noise + colour).astype(np.uint8)).save(tmp_path / f"{i}.png")
+    images = [tmp_path / f"{i}.png" for i in range(3)]
+    for out in ("one.png", "two.png"):
+        run("compare.py", *images, "--out", tmp_path / out, "--checkpoint", checkpoint)
+    picture = pixels(tmp_path / "one.png")
+    assert np.array_equal(picture, pixels(tmp_path / "two.png"))  # one seed, one picture
+    assert picture.shape[1] > 9 * 96
+    # the sources at the left, as they are; then half red and half green
+    middle = picture[picture.shape[0] // 3]
+    for colour in colours:
+        assert (abs(middle - colour).max(axis=1) <= 6).sum() > 96
+    assert (abs(middle - (127, 127, 3)).max(axis=1) <= 6).sum() > 96
+
+
+def test_compare_draws_a_strip_of_each_method(tmp_path: Path) -> None:
+    done = run("compare.py", "--image_size", 32, "--strips", tmp_path)
+    files = {tmp_path / f"{name}.png" for name in METHODS}
+    assert set(tmp_path.iterdir()) == files
+    assert set(map(Path, done.stdout.splitlines())) == files
+
+
+def test_compare_takes_images_of_a_dataset(tmp_path: Path) -> None:
+    run("compare.py", "--dataset", "digits", "--seed", 3, "--out", tmp_path / "digits.pdf")
+    assert (tmp_path / "digits.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "message"),
+    [
+        (2, "a.png b.png", "three images"),
+        (2, "a.png b.png c.png --dataset digits", "--dataset"),
+        (2, "--lam 1.5", "--lam"),
+        (2, "--dataset cifar", "did you mean cifar10"),
+        (2, "--out picture.bmp", "picture.bmp"),
+        (2, "--out nowhere/picture.png", "nowhere"),
+        (1, "nowhere/a.png b.png c.png", "nowhere/a.png"),
+        (1, "--checkpoint nowhere.pth.tar", "nowhere.pth.tar"),
+    ],
+)
+def test_compare_refuses_in_one_line(code: int, words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from scripts import compare
+
+    try:
+        left = compare.main(words.split())
+    except SystemExit as stopped:
+        left = stopped.code  # type: ignore[assignment]
+    error = capsys.readouterr().err
+    assert left == code
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_benchmark_measures_every_method(tmp_path: Path) -> None:
+    words = "--arch preactresnet18 --initial_channels 2 --batch_size 4 --repeats 1 --threads 1 --search_sizes 8 32"
+    done = run("benchmark.py", *words.split(), "--out", tmp_path / "b.json", "--plot", tmp_path / "b.png")
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert {label.split(",")[0] for label in result["mixing"]} == set(METHODS) - {"vanilla"}
+    assert {f"puzzle, {n} blocks a side" for n in (2, 4, 8, 16)} <= result["mixing"].keys()
+    assert {label.split(",")[0] for label in result["steps"]} == set(METHODS)
+    assert result["steps"]["vanilla"]["ratio"] == 1
+    assert all(row["median_ms"] >= row["min_ms"] > 0 for row in (result["mixing"] | result["steps"]).values())
+    assert all(0 < row["share_of_peak"] < 1 for row in result["steps"].values())
+    assert result["search"]["pixels"]["all offsets"]["ms_per_pair"].keys() == {"64", "1024"}
+    assert {"cpu", "threads", "torch"} <= result["machine"].keys()
+    assert "| × vanilla |" in done.stdout
+    assert pixels(tmp_path / "b.png").std() > 0
+
+
+def test_benchmark_measures_what_it_is_asked_for(tmp_path: Path) -> None:
+    words = "--parts steps --methods cutmix --fast --initial_channels 2 --batch_size 4 --repeats 1 --image_size 64"
+    run("benchmark.py", *words.split(), "--out", tmp_path / "b.json")
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert result["steps"].keys() == {"vanilla", "cutmix"}
+    assert "mixing" not in result
+    assert result["settings"]["fast"] is True
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--methods sagee", "did you mean sage"),
+        ("--batch_size 0", "--batch_size"),
+        ("--parts steps --plot search.png", "--plot"),
+        ("--out nowhere/b.json", "nowhere"),
+        ("--device tpu", "--device"),
+    ],
+)
+def test_benchmark_refuses_in_one_line(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from scripts import benchmark
+
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(words.split())
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
