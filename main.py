@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, typed: set[str]) -> int:
     """Train, from the start or from where the run's folder stands."""
-    if args.ngpu > 1 and torch.cuda.device_count() > 1 and not distributed.is_launched():
+    if args.ngpu > 1 and torch.cuda.is_available() and not distributed.is_launched():
         if args.ngpu > torch.cuda.device_count():
             raise BadArguments(f"--ngpu {args.ngpu}: this box has {torch.cuda.device_count()} GPUs")
         return distributed.launch(args.ngpu)
@@ -104,6 +104,11 @@ def prepare_run(
         data = load_images(args, typed).to(device)
     if args.batch_size > len(data.train):
         raise BadArguments(f"--batch_size {args.batch_size} is above the {len(data.train)} training images")
+    last = len(data.train) % args.batch_size
+    if 0 < last < world.size:
+        raise BadArguments(
+            f"--batch_size {args.batch_size} leaves a last batch of {last} images for {world.size} processes; change it"
+        )
     of_method = {**options.method_settings(args), "mean": data.mean, "std": data.std}
     method = build_method(args.method, args.dataset, len(data.classes), **of_method)
     try:
@@ -183,7 +188,10 @@ def restore(job: train.Run) -> None:
         log.info(f"weights from {resume}; the optimiser starts anew at epoch {job.progress.epoch}")
         return
     with well_formed(resume):
+        typed = [{**group, "params": None} for group in job.optimizer.param_groups]
         job.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(job.optimizer.param_groups, typed, strict=True):  # this command's, not the checkpoint's
+            group.update({name: value for name, value in own.items() if name != "params"})
         job.progress = train.Progress(**state["progress"])
     if job.folder and job.progress.rows:
         records.write_metrics(job.folder / "metrics.csv", job.progress.rows)
@@ -225,6 +233,7 @@ def write_config(job: train.Run, folder: Path) -> None:
     versions = {name: version(name) for name in ("torch", "torchvision", "numpy")}
     content = {
         "settings": job.settings,
+        "arguments": vars(job.args),
         "command": options.command_line(),
         "classes": job.data.classes,
         "mean": job.data.mean,

@@ -28,7 +28,9 @@ while [ $# -gt 0 ]; do
   esac
 done
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+# the GPUs of the box, or those that the caller allows
+IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd,)}"
+gpus=${#devices[@]}
 jobs=${jobs:-$((gpus > 0 ? gpus : 1))}
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || die "--jobs $jobs is not a number of runs"
 
@@ -62,10 +64,10 @@ trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT
 worker() {
   local slot=$1 number code child=""
   trap 'kill $child 2>/dev/null; wait $child; exit 143' TERM INT
-  [ "$gpus" -eq 0 ] || export CUDA_VISIBLE_DEVICES=$((slot % gpus))
+  [ "$gpus" -eq 0 ] || export CUDA_VISIBLE_DEVICES=${devices[slot % gpus]}
   for ((number = slot; number < ${#commands[@]}; number += jobs)); do
     echo "+ ${commands[number]}"
-    eval "${commands[number]}" >"$results/$number.out" 2>&1 &
+    eval "exec ${commands[number]}" >"$results/$number.out" 2>&1 &
     child=$!
     wait $child
     code=$?
@@ -88,7 +90,7 @@ for number in "${!commands[@]}"; do
 done
 echo "$((${#commands[@]} - failed)) of ${#commands[@]} runs are finished"
 if [ $failed -gt 0 ]; then
-  printf '%s failed:\n%s' "$failed" "$list"
+  printf '%s failed (what they said: %s):\n%s' "$failed" "$results" "$list"
   exit 1
 fi
 rm -rf "$results"

@@ -46,6 +46,9 @@ class Child(NamedTuple):
 
     def end(self) -> tuple[int, str]:
         """Exit code (the negative signal that killed it) and all it said, once it is over."""
+        if not self.pipe.poll(120):
+            self.process.kill()
+            raise TimeoutError("the run hangs")
         try:
             said = self.pipe.recv()
         except EOFError:
@@ -73,6 +76,7 @@ def start(*words: object, first: Callable[[], None] | None = None) -> Child:
 def _child(words: list[str], pipe: Connection, first: Callable[[], None] | None) -> None:
     import main
 
+    multiprocessing.set_start_method("fork", force=True)  # locks without names, which killed runs would leave behind
     said, code = io.StringIO(), 99
     try:
         with redirect_stdout(said), redirect_stderr(said):

@@ -135,3 +135,14 @@ def test_hostile_pickles_are_refused(
     with pytest.raises(UserError, match="hostile"):
         checkpoint.load(path)
     assert not (tmp_path / "PWNED_00").exists()
+
+
+def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
+    """It could unpack to more than the memory."""
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "plain.pth")
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(tmp_path / "plain.pth") as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(UserError, match="compressed"):
+        checkpoint.load(path)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from load_data import Data, Split
 from mixup import METHODS, build_method
 from models import build_model
-from tests.common import ENVIRONMENT, ROOT, SAGE, SMALL, load_fixed_weights, main, rows, weights
+from tests.common import ENVIRONMENT, ROOT, SMALL, load_fixed_weights, main
 from utils import distributed, train
 from utils.distributed import World
 from utils.runtime import step_generator
@@ -130,31 +128,6 @@ def torchrun(size: int, *words: object, **options: object) -> list[str]:
     extra = [f"--{key}={value}" for key, value in options.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
     return [*command, *extra, "main.py", *map(str, words)]
-
-
-def test_a_killed_rank_is_restarted_and_ends_where_it_should(tree: Path, tmp_path: Path) -> None:
-    words = [*SMALL, *SAGE, "--data_dir", tree, "--epochs", 3, "--schedule", 1, 2, "--checkpoint_minutes", "1e-6"]
-    whole = [*words, "--root_dir", tmp_path / "whole"]
-    subprocess.run(torchrun(2, *whole), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, timeout=240)
-    (expected,) = (tmp_path / "whole").iterdir()
-
-    killed = [*words, "--root_dir", tmp_path / "killed"]
-    command = torchrun(2, *killed, max_restarts=2)
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    folder = tmp_path / "killed" / expected.name
-    while not (folder / "metrics.csv").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    assert "continuing in epoch" in output
-    assert rows(folder) == rows(expected)
-    ours, theirs = weights(folder), weights(expected)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize(("first", "second"), [(4, 1), (1, 4)])

@@ -26,6 +26,7 @@ from mixup import METHODS, build_method
 from tests import forked
 from tests.common import rows
 from utils import checkpoint, options
+from utils.files import remove_leftovers
 
 KILLS = 8  # of each method
 OF_METHOD = {"sage": ["--rand_pos", "0.05", "--update_ratio", "0.7"], "vanilla": ["--dropout", "True"]}
@@ -58,9 +59,9 @@ def whole(words: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path
 def stopped(words: list[object], tmp_path: Path) -> Path:
     """The folder of a run that was stopped in epoch 1."""
     first = partial(forked.send_at, "mixup.vanilla:bce_loss", signal.SIGTERM, call=6)
-    code, said = forked.start(*words, "--root_dir", tmp_path, first=first).end()
+    code, said = forked.start(*words, "--root_dir", tmp_path / "runs", first=first).end()
     assert code == 143, said
-    (folder,) = tmp_path.iterdir()
+    (folder,) = (tmp_path / "runs").iterdir()
     return folder
 
 
@@ -164,6 +165,10 @@ def test_killed_at_every_file_operation_of_a_save(tmp_path: Path) -> None:
         )
         assert (last, best) in ((1, 1), (1, 2), (2, 2))
         assert checkpoint.load(folder / checkpoint.PREVIOUS)["progress"]["epoch"] in (0, 1)
+        remove_leftovers(folder)
+        checkpoint.save({"sage": 1, "state_dict": {}, "progress": {"epoch": 3}}, folder)
+        assert checkpoint.load(folder / checkpoint.PREVIOUS)["progress"]["epoch"] == last
+        assert_whole(folder)
     assert last == 2
     assert operation == total + 1
     assert total >= 10
@@ -529,7 +534,7 @@ def test_any_words_are_parsed_or_refused_in_one_line(words: list[str]) -> None:
         ("--batch_size 31", "--batch_size 31 is above the 30 training images"),
         ("--method comix --m_block_num 5", "m_block_num 5 does not divide"),
         ("--method sage --kernel_size 65", "too small for kernel_size 65"),
-        ("--method puzzle --t_size 7 --neigh_size 5", "none of"),
+        ("--dataset folder --image_size 30 --method puzzle", "none of"),
         ("--dataset folder --image_size 30 --method comix --m_block_num 4", "m_block_num 4 does not divide"),
         ("--dataset folder --method sage --kernel_size 65", "too small for kernel_size 65"),
         ("--image_size 48", "--image_size is for --dataset folder"),

@@ -10,11 +10,13 @@ are averaged by DistributedDataParallel, every image counting alike. Rank 0 alon
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce as summed_with_gradient
 from torch.nn.parallel import DistributedDataParallel
+
+from .files import BadArguments
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,22 @@ def is_launched() -> bool:
 
 
 def launch(ngpu: int) -> int:
-    """Type the same command on ``ngpu`` GPUs of this box, by torchrun; returns its exit code."""
+    """Type the same command on ``ngpu`` GPUs of this box, by torchrun; returns its exit code.
+
+    Signals are passed on, and 128 + signal is returned once every process has saved and left.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ngpu}"]
-    return subprocess.run([*command, *sys.argv]).returncode
+    received: list[int] = []
+    child = subprocess.Popen([*command, *sys.argv], start_new_session=True)  # Ctrl-C reaches it through us alone
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+        child.send_signal(signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    code = child.wait()
+    return 128 + received[0] if received else code
 
 
 def join(ngpu: int) -> World:
@@ -54,6 +71,10 @@ def join(ngpu: int) -> World:
         return World()
     world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     if ngpu > 0 and torch.cuda.is_available():
+        if world.local_rank >= torch.cuda.device_count():
+            raise BadArguments(
+                f"process {world.local_rank} of this box has no GPU: there are {torch.cuda.device_count()}"
+            )
         torch.cuda.set_device(world.local_rank)
         dist.init_process_group("nccl", device_id=torch.device("cuda", world.local_rank))
     else:

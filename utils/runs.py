@@ -63,7 +63,8 @@ def lock(folder: Path, args: argparse.Namespace) -> IO:
         ) from None
     except OSError as error:  # some network file systems
         warn(f"{folder} cannot be locked ({error.strerror}): nothing keeps a second run from writing into it")
-    if args.overwrite and os.listdir(folder) != [LOCK]:
+    restarted = any(int(os.environ.get(name, 0)) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    if args.overwrite and not restarted and os.listdir(folder) != [LOCK]:
         if args.resume and Path(args.resume).resolve().is_relative_to(folder.resolve()):
             held.close()
             raise BadArguments(f"--overwrite would move --resume {args.resume} away; copy that checkpoint elsewhere")

@@ -249,14 +249,15 @@ def train_epoch(run: Run, network: nn.Module, weight: distributed.ImageWeight) -
                 meter.read(run)
             if world.size > 1 and progress.step % AGREE_STEPS:
                 continue
-            wanted = 2 if run.stop.exit_code else int(now - saved > 60 * args.checkpoint_minutes)
+            wanted = run.stop.exit_code or int(now - saved > 60 * args.checkpoint_minutes)
             wanted = distributed.largest(wanted, device)
             if wanted:
                 meter.settle(run)
                 refuse_bad_weights(run)
                 run.save()
                 saved = time.monotonic()
-            if wanted == 2:
+            if wanted > 1:
+                run.stop.exit_code = max(run.stop.exit_code, wanted)
                 return False
     meter.settle(run)
     return True
@@ -339,9 +340,10 @@ def fit(run: Run) -> None:
 
 
 def stopped(run: Run) -> bool:
-    """Whether a signal came, to any rank."""
-    run.stop.exit_code = distributed.largest(run.stop.exit_code, run.device)
-    return run.stop.exit_code > 0
+    """Whether a signal came, to any rank; then every rank has its exit code."""
+    agreed = distributed.largest(run.stop.exit_code, run.device)
+    run.stop.exit_code = max(run.stop.exit_code, agreed)  # one that came while the ranks agreed counts next time
+    return agreed > 0
 
 
 def finish_epoch(run: Run, rate: float) -> dict[str, Any]:
