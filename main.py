@@ -172,7 +172,7 @@ def restore(job: train.Run) -> None:
         state = checkpoint.load_last(job.folder)
         if state is not None and job.folder:
             resume = job.folder
-            runs.refuse_other_settings(job.folder, state["settings"], job.settings)
+            runs.refuse_other_settings(job.folder, state.get("settings", {}), job.settings)
             ours = {"images": len(data.train), "mean": data.mean, "std": data.std}
             if any(state.get(name, value) != value for name, value in ours.items()):
                 raise UserError(f"the images of {data.source} are others than those that {resume} was begun with")
