@@ -192,6 +192,9 @@ def restore(job: train.Run) -> None:
         job.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(job.optimizer.param_groups, typed, strict=True):  # this command's, not the checkpoint's
             group.update({name: value for name, value in own.items() if name != "params"})
+        for parameter, held in job.optimizer.state.items():
+            if held.get("momentum_buffer") is not None and held["momentum_buffer"].shape != parameter.shape:
+                raise ValueError("its momentum does not fit the weights")
         job.progress = train.Progress(**state["progress"])
     if job.folder and job.progress.rows:
         records.write_metrics(job.folder / "metrics.csv", job.progress.rows)

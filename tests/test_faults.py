@@ -28,7 +28,7 @@ from tests.common import rows
 from utils import checkpoint, options
 from utils.files import remove_leftovers
 
-KILLS = 8  # of each method
+KILLS = 7  # of each method
 OF_METHOD = {"sage": ["--rand_pos", "0.05", "--update_ratio", "0.7"], "vanilla": ["--dropout", "True"]}
 
 
@@ -55,14 +55,20 @@ def whole(words: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.fixture
-def stopped(words: list[object], tmp_path: Path) -> Path:
-    """The folder of a run that was stopped in epoch 1."""
+@pytest.fixture(scope="module")
+def stopped_once(words: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("stopped")
     first = partial(forked.send_at, "mixup.vanilla:bce_loss", signal.SIGTERM, call=6)
-    code, said = forked.start(*words, "--root_dir", tmp_path / "runs", first=first).end()
+    code, said = forked.start(*words, "--root_dir", root, first=first).end()
     assert code == 143, said
-    (folder,) = (tmp_path / "runs").iterdir()
+    (folder,) = root.iterdir()
     return folder
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """The folder of a run that was stopped in epoch 1."""
+    return Path(shutil.copytree(stopped_once, tmp_path / "runs" / stopped_once.name))
 
 
 def finish(*words: object) -> str:
@@ -217,7 +223,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.parametrize("limit", ["size=4k", "size=64k", "size=600k", "size=800k", "nr_inodes=3", "nr_inodes=7"])
+@pytest.mark.parametrize("limit", ["size=4k", "size=64k", "size=600k", "nr_inodes=7"])
 def test_full_disk(words: list[object], disk: Callable[[str], Path], whole: Path, limit: str) -> None:
     root = disk(limit)
     code, said = forked.start(*words, "--root_dir", root).end()

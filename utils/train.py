@@ -53,6 +53,11 @@ class Progress:
     seconds: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        whole = isinstance(self.epoch, int) and isinstance(self.step, int) and isinstance(self.seconds, float)
+        if not whole or len(self.sums) != 4 or any(row.keys() != set(records.COLUMNS) for row in self.rows):
+            raise ValueError("its progress is not one")
+
     @property
     def best(self) -> float:
         return max((row["test_top1"] for row in self.rows), default=0.0)
