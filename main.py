@@ -29,26 +29,14 @@ from models import build_model
 from utils import checkpoint, distributed, options, records, runs, train
 from utils.files import BadArguments, UserError
 from utils.records import log
-from utils.runtime import StopSignal, device_name, pick_device, prepare, set_precision
+from utils.runtime import StopSignal, device_name, exit_code, pick_device, prepare, set_precision
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a failed run, 2 for bad arguments, 128 + signal when stopped."""
     args, typed = options.parse(sys.argv[1:] if argv is None else argv)
-    try:
-        return evaluate(args, typed) if args.evaluate else run(args, typed)
-    except BadArguments as error:
-        options.make_parser().error(str(error))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        print(f"error: out of GPU memory with --batch_size {args.batch_size}: make it smaller", file=sys.stderr)
-    except OSError as error:
-        print(f"error: {error.filename or ''} {error.strerror or error}".replace("  ", " "), file=sys.stderr)
-    except KeyboardInterrupt as stop:
-        print("stopped", file=sys.stderr)
-        return stop.args[0] if stop.args else 130
-    return 1
+    work = evaluate if args.evaluate else run
+    return exit_code(options.make_parser(), lambda: work(args, typed))
 
 
 def run(args: argparse.Namespace, typed: set[str]) -> int:
@@ -56,7 +44,7 @@ def run(args: argparse.Namespace, typed: set[str]) -> int:
     if args.ngpu > 1 and torch.cuda.is_available() and not distributed.is_launched():
         if args.ngpu > torch.cuda.device_count():
             raise BadArguments(f"--ngpu {args.ngpu}: this box has {torch.cuda.device_count()} GPUs")
-        return distributed.launch(args.ngpu)
+        return distributed.launch(args.ngpu, sys.argv)
     world = distributed.join(args.ngpu)
     if args.batch_size % world.size:
         raise BadArguments(f"--batch_size {args.batch_size} does not divide over {world.size} processes")
@@ -69,6 +57,7 @@ def run(args: argparse.Namespace, typed: set[str]) -> int:
     with runs.lock(folder, args) if folder else nullcontext() as lock:
         finished = runs.is_finished(folder, settings) if folder else False
         if distributed.from_first(finished):
+            distributed.leave()
             return 0
         records.start_log(folder / "log.txt" if folder else None, quiet=world.rank > 0)
         if warning:
@@ -81,13 +70,13 @@ def run(args: argparse.Namespace, typed: set[str]) -> int:
         log.info(describe(job))
         stop.training = True
         train.fit(job)
-        if stop.exit_code:
+        if stopped := train.stopped(job):
             where = f"epoch {job.progress.epoch}, step {job.progress.step}"
             log.info(f"stopped in {where}; the same command continues there")
-            return stop.exit_code
-        finish(job)
-    distributed.leave()
-    return 0
+        else:
+            finish(job)
+        distributed.leave()
+        return stop.exit_code if stopped else 0
 
 
 def prepare_run(
@@ -139,6 +128,13 @@ def evaluate(args: argparse.Namespace, typed: set[str]) -> int:
     if warning:
         log.warning(f"warning: {warning}")
     set_precision(args.deterministic)
+    model, data = open_checkpoint(args, typed, device)
+    log.info(records.line_of_scores("Test", train.evaluate(model, data.test, data, device, "test"), "test"))
+    return 0
+
+
+def open_checkpoint(args: argparse.Namespace, typed: set[str], device: torch.device) -> tuple[torch.nn.Module, Data]:
+    """The network in ``args.resume`` and the data it is for, on ``device``; settings not typed are the checkpoint's."""
     state = checkpoint.load(args.resume)
     with well_formed(args.resume):
         options.adopt(args, typed, state.get("settings", {}))
@@ -150,9 +146,7 @@ def evaluate(args: argparse.Namespace, typed: set[str]) -> int:
         data = dataclasses.replace(data, **colours)
     model = build_model(args.arch, len(data.classes), data.stride, args.initial_channels, args.dropout)
     load_weights(model, state, args)
-    model = prepare(model, device, args.fast)
-    log.info(records.line_of_scores("Test", train.evaluate(model, data.test, data, device, "test"), "test"))
-    return 0
+    return prepare(model, device, args.fast), data
 
 
 def load_images(args: argparse.Namespace, typed: set[str]) -> Data:
@@ -212,14 +206,24 @@ def well_formed(path: str | Path) -> Iterator[None]:
 
 def load_weights(model: torch.nn.Module, state: dict[str, Any], args: argparse.Namespace) -> None:
     """Weights by name, with or without DataParallel's prefix."""
+    weights, own = state.get("state_dict", state), model.state_dict()
     try:
-        weights = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
-        model.load_state_dict(weights)
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+        wrong = sorted(
+            name
+            for name in own.keys() | weights.keys()
+            if name not in own or name not in weights or own[name].shape != weights[name].shape
+        )
+        if not wrong:
+            model.load_state_dict(weights)
+            return
     except (RuntimeError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(
-            f"the weights in {args.resume or 'the checkpoint'} do not fit --arch {args.arch}: {reason}"
-        ) from error
+        wrong = [str(error).splitlines()[-1].strip()]
+    raise UserError(
+        f"the weights in {args.resume or 'the checkpoint'} do not fit --arch {args.arch}: {len(wrong)} of {len(own)} "
+        f"are missing, unknown or of another shape, among them {wrong[0]}. Name the --arch, --initial_channels and "
+        "--dataset they were trained with"
+    )
 
 
 def describe(job: train.Run) -> str:

@@ -252,6 +252,7 @@ class Sage(Method):
     """
 
     name = "sage"
+    recordable = True
     mixup_alpha: float | None = None
     blur_sigma: float = 1.0
     kernel_size: int = 5

@@ -53,7 +53,8 @@ from models import ARCHITECTURES, build_model
 from utils import records
 from utils.files import atomic_write
 from utils.options import Parser, number, one_of
-from utils.runtime import prepare, set_precision
+from utils.runtime import exit_code, prepare, set_precision
+from utils.train import step_taker
 
 CLASSES = 10
 SHARE = 0.01  # of all offsets: the paper's --rand_pos
@@ -78,24 +79,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--device {args.device}: this PyTorch finds no CUDA device")
     if args.threads:
         torch.set_num_threads(args.threads)
+    return exit_code(parser, lambda: measure(args, device))
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> int:
+    """Run the parts that were asked for; results so far are kept when a later part fails."""
     set_precision(False)
     torch.manual_seed(0)
     result: dict[str, Any] = {"machine": machine(device), "settings": settings(args)}
     print("\n".join(f"{key}: {value}" for key, value in result["machine"].items()))
-    measure = {"mixing": mixing, "steps": steps, "search": search}
-    try:
-        for part in args.parts:
-            result[part] = measure[part](args, device)
-            if args.out:
-                records.write_json(args.out, result)
-        if args.plot:
-            draw_search(args.plot, result["search"], result["machine"])
-    except torch.OutOfMemoryError:
-        print(f"error: out of memory on {device}: lower --batch_size {args.batch_size}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename or ''} {error.strerror or error}".replace("  ", " "), file=sys.stderr)
-        return 1
+    works = {"mixing": mixing, "steps": steps, "search": search}
+    for part in args.parts:
+        result[part] = works[part](args, device)
+        if args.out:
+            records.write_json(args.out, result)
+    if args.plot:
+        draw_search(args.plot, result["search"], result["machine"])
     return 0
 
 
@@ -159,9 +158,10 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def interleaved(works: dict[Name, Work], repeats: int, device: torch.device) -> dict[Name, list[float]]:
-    """Milliseconds of each work in each of ``repeats`` rounds over all, after one round to warm up."""
+    """Milliseconds of each work in each of ``repeats`` rounds over all, after one round to warm up; on CUDA, where
+    steps are compiled and recorded, after five."""
     times: dict[Name, list[float]] = {name: [] for name in works}
-    for repetition in range(-1, repeats):
+    for repetition in range(-5 if device.type == "cuda" else -1, repeats):
         for name, work in works.items():
             synchronise(device)
             start = time.perf_counter()
@@ -355,11 +355,11 @@ def steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     )
 
     def step_of(method: Method) -> Work:
+        take = step_taker(method, network, optimizer, device, record=args.fast)
+
         def work(repetition: int) -> None:
             draws = method.draw(np.random.default_rng(repetition), len(images), *images.shape[2:])
-            optimizer.zero_grad(set_to_none=True)
-            method.step(network, images, labels, draws).loss.backward()
-            optimizer.step()
+            take(images, labels, draws)
 
         return work
 

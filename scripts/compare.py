@@ -57,6 +57,7 @@ from models import ARCHITECTURES, build_model
 from utils import checkpoint
 from utils.files import BadArguments, UserError, atomic_write
 from utils.options import Parser, number, one_of
+from utils.runtime import exit_code
 
 SIDE = 32  # images are cropped to multiples of it
 PUZZLE_BLOCKS = 8  # the finest of Puzzle Mix's block counts whose blocks neighbouring pixels of 4×4 divide at 224×224
@@ -112,27 +113,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Draw; returns the exit code: 0, 1 for a failure, 2 for bad arguments."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    try:
-        check(args)
-        sources = read_sources(args)
-        network, state = load_network(args)
-        maps = network_maps(network, state, sources, args) if network else fine_grained_maps(sources.pixels)
-        if args.strips:
-            args.strips.mkdir(parents=True, exist_ok=True)
-            for name, mixed in strips(sources, maps, network, args.lam, args.seed).items():
-                save(strip(sources, mixed), args.strips / f"{name}.png")
-                print(args.strips / f"{name}.png")
-        else:
-            save(row(sources, maps.origin, mix(sources, maps, args.lam, args.seed)), args.out)
-            print(args.out)
-    except BadArguments as error:
-        parser.error(str(error))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename or ''} {error.strerror or error}".replace("  ", " "), file=sys.stderr)
-        return 1
+    return exit_code(parser, lambda: compare(args))
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Read, mix and draw what the arguments say."""
+    check(args)
+    sources = read_sources(args)
+    network, state = load_network(args)
+    maps = network_maps(network, state, sources, args) if network else fine_grained_maps(sources.pixels)
+    if args.strips:
+        args.strips.mkdir(parents=True, exist_ok=True)
+        for name, mixed in strips(sources, maps, network, args.lam, args.seed).items():
+            save(strip(sources, mixed), args.strips / f"{name}.png")
+            print(args.strips / f"{name}.png")
+    else:
+        save(row(sources, maps.origin, mix(sources, maps, args.lam, args.seed)), args.out)
+        print(args.out)
     return 0
 
 

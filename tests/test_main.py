@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +72,17 @@ def test_other_settings_are_refused(sage_run: Path, tree: Path) -> None:
         *SMALL, *SAGE, "--data_dir", tree, "--root_dir", sage_run.parent, "--epochs", 4, "--schedule", 1, 2, check=2
     )
     assert "--epochs: 3 there, 4 here" in done.stderr
+
+
+def test_a_run_from_before_there_was_a_flag_goes_on(sage_run: Path, tree: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sage_run, tmp_path / sage_run.name)
+    config = json.loads((folder / "config.json").read_text())
+    del config["settings"]["sync_bn"]
+    (folder / "config.json").write_text(json.dumps(config))
+    command = [*SMALL, *SAGE, "--data_dir", tree, "--root_dir", tmp_path, "--epochs", 3, "--schedule", 1, 2]
+    assert "is finished" in main(*command).stdout
+    done = main(*command, "--sync_bn", "True", check=2)
+    assert "--sync_bn: False there, True here" in done.stderr
 
 
 def test_evaluate_prints_the_test_numbers(sage_run: Path, tree: Path) -> None:

@@ -13,9 +13,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -25,7 +28,9 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce as summed_with_gradient
 from torch.nn.parallel import DistributedDataParallel
 
-from .files import BadArguments
+from .files import BadArguments, UserError
+
+MEETING = timedelta(minutes=5)  # torchrun starts all processes at once; one may have to import from a cold, far disk
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,14 @@ def is_launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def launch(ngpu: int) -> int:
-    """Type the same command on ``ngpu`` GPUs of this box, by torchrun; returns its exit code.
+def launch(ngpu: int, words: Sequence[str]) -> int:
+    """Type a command, ``words``, on ``ngpu`` GPUs of this box, by torchrun; returns its exit code.
 
     Signals are passed on, and 128 + signal is returned once every process has saved and left.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ngpu}"]
     received: list[int] = []
-    child = subprocess.Popen([*command, *sys.argv], start_new_session=True)  # Ctrl-C reaches it through us alone
+    child = subprocess.Popen([*command, *words], start_new_session=True)  # Ctrl-C reaches it through us alone
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
@@ -66,20 +71,55 @@ def launch(ngpu: int) -> int:
 
 
 def join(ngpu: int) -> World:
-    """Meet the other processes if torchrun started this one."""
+    """Meet the other processes if torchrun started this one.
+
+    Raises:
+        UserError: they did not meet; torchrun then tries again as often as its ``--max_restarts`` says.
+    """
     if not is_launched():
         return World()
     world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    backend, device = "gloo", None
     if ngpu > 0 and torch.cuda.is_available():
         if world.local_rank >= torch.cuda.device_count():
             raise BadArguments(
                 f"process {world.local_rank} of this box has no GPU: there are {torch.cuda.device_count()}"
             )
-        torch.cuda.set_device(world.local_rank)
-        dist.init_process_group("nccl", device_id=torch.device("cuda", world.local_rank))
-    else:
-        dist.init_process_group("gloo")
+        backend, device = "nccl", torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=MEETING))
+        store = dist.PrefixStore(agreed_name(store, world), store)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, device_id=device)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"process {world.rank} did not meet the other {world.size - 1}: {reason}") from error
     return world
+
+
+def agreed_name(store: dist.Store, world: World) -> str:
+    """A name that the processes of this attempt alone know, chosen by rank 0.
+
+    torchrun keeps one store through all its restarts, with the addresses of killed processes in it, and the machines of
+    a run need not count restarts alike. So every other process first shows that it is alive, by a word never used
+    before, and is answered under that word.
+    """
+    mine = uuid.uuid4().hex
+    if world.rank > 0:
+        store.set(f"present/{world.rank}", mine)
+        name = store.get(mine).decode()
+        store.set(f"{name}/{world.rank}", "heard")
+        return name
+    missing = list(range(1, world.size))
+    deadline = time.monotonic() + MEETING.total_seconds()
+    while missing:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"process {missing[0]} does not answer")
+        for rank in missing:
+            store.set(store.get(f"present/{rank}").decode(), mine)  # a dead one's word at first; its successor's comes
+        time.sleep(0.02)
+        missing = [rank for rank in missing if not store.check([f"{mine}/{rank}"])]
+    return mine
 
 
 def leave() -> None:

@@ -210,13 +210,24 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     """Arguments, checked, and the names of those that were typed. Leaves with exit code 2 on a bad one."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    typed = set(vars(parser.parse_args(argv)))
     problem = find_problem(args)
     if problem:
         parser.error(problem)
-    return args, typed
+    return args, typed_names(parser, argv)
+
+
+def typed_names(parser: Parser, argv: Sequence[str]) -> set[str]:
+    """Names of the arguments in ``argv``; takes the parser's defaults away."""
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
+def add_flags(group: argparse._ArgumentGroup, names: Iterable[str]) -> None:
+    """Flags of main.py, as main.py has them."""
+    flags = {action.dest: action for action in make_parser()._actions}
+    for name in names:
+        group._add_action(flags[name])
 
 
 def find_problem(args: argparse.Namespace) -> str | None:

@@ -109,7 +109,10 @@ def read(path: Path, key: str) -> Any:
 
 
 def refuse_other_settings(folder: Path, held: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raise ``BadArguments`` with the difference, if there is any."""
+    """Raise ``BadArguments`` with the difference, if there is any. What a run of an older version does not hold is its
+    flag's default."""
+    parser = options.make_parser()
+    held = {**{name: parser.get_default(name) for name in settings}, **held}
     different = [
         f"--{name}: {held.get(name)} there, {settings.get(name)} here"
         for name in sorted(held.keys() | settings.keys())

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from load_data import Data, Split, steps_per_epoch, test_batches, train_batches
-from mixup.base import Method
+from mixup.base import Method, Step
 
 from . import checkpoint, distributed, records
 from .distributed import World
 from .files import UserError
+from .graph import Captured, Take
 from .records import log
 from .runs import LOCK
 from .runtime import StopSignal, peak_memory, step_generator
@@ -197,7 +198,27 @@ class Meter:
         run.progress.sums = distributed.total(self.sums).tolist()
 
 
-def train_epoch(run: Run, network: nn.Module, weight: distributed.ImageWeight) -> bool:
+def step_taker(
+    method: Method, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, record: bool
+) -> Take:
+    """Takes a whole training step: gradients to zero, the method's step, backward, optimiser.
+
+    With ``record`` it is one CUDA graph, where there is CUDA and the method allows it.
+    """
+
+    def take(images: Tensor, labels: Tensor, draws: Any) -> Step:
+        optimizer.zero_grad(set_to_none=True)
+        result = method.step(network, images, labels, draws)
+        result.loss.backward()
+        optimizer.step()
+        return result
+
+    if record and device.type == "cuda" and method.recordable:
+        return Captured(take, lambda: [group["lr"] for group in optimizer.param_groups], device)
+    return take
+
+
+def train_epoch(run: Run, network: nn.Module, take: Take, weight: distributed.ImageWeight) -> bool:
     """The rest of the epoch in progress. Leaves sums, position and seconds in ``run.progress``.
 
     Returns whether it was finished; False if a signal came and everything was saved.
@@ -223,16 +244,13 @@ def train_epoch(run: Run, network: nn.Module, weight: distributed.ImageWeight) -
             weight.value = len(labels) * world.size / min(args.batch_size, number - step * args.batch_size)
             rng = step_generator(args.seed, progress.epoch, step, world.rank)
             draws = run.method.draw(rng, len(images), images.shape[2], images.shape[3], progress.epoch)
-            run.optimizer.zero_grad(set_to_none=True)
             try:
-                result = run.method.step(network, images, labels, draws)
+                result = take(images, labels, draws)
             except FloatingPointError as error:
                 raise not_finite(run, step) from error
             except ValueError as error:
                 where = f"epoch {progress.epoch}, step {step}"
                 raise UserError(f"{args.method} stops in {where}: {error}. Try less extreme settings") from error
-            result.loss.backward()
-            run.optimizer.step()
             meter.add(step, result.loss.detach(), result.logits.detach(), labels)
             progress.step = step + 1
             if no_picture and run.folder is not None:
@@ -321,6 +339,7 @@ def fit(run: Run) -> None:
     args, progress = run.args, run.progress
     weight = distributed.ImageWeight()
     network = distributed.data_parallel(run.model, weight)
+    take = step_taker(run.method, network, run.optimizer, run.device, args.fast and run.world.size == 1)
     events = records.Events(run.folder, len(progress.rows)) if run.folder else None
     drawn = -math.inf
     while progress.epoch < args.epochs and not stopped(run):
@@ -330,7 +349,7 @@ def fit(run: Run) -> None:
         done = sum(row["seconds"] for row in progress.rows) / max(1, len(progress.rows))
         left = done * (args.epochs - progress.epoch)
         log.info(records.line_of_epoch(progress.epoch, args.epochs, rate, progress.best, left))
-        if not train_epoch(run, network, weight):
+        if not train_epoch(run, network, take, weight):
             break
         try:
             row = finish_epoch(run, rate)

@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# What this project does on your GPU, in one command of at most 9 minutes, offline:
+#
+#   bash scripts/gpu_check.sh DATA OUT        DATA: a folder with CIFAR-10, as --data_dir takes it; OUT: a folder for results
+#
+# 1. tests on CUDA: every method against the CPU and the golden vectors, --fast against the default, repeatability
+# 2. scripts/benchmark.py: steps in both modes, the search
+# 3. the README's CIFAR-10 SAGE command, for 40 seconds by default and then with --fast for as long as time is left
+# OUT gets report.md, tests.log, the benchmark's JSON files, and metrics and config of both runs; what fails is in
+# report.md too, and the exit code is then 1. MINUTES=30 allows more time (300 epochs), PARTS="train" runs a part alone,
+# PYTHON=… names the environment, which needs requirements-dev.txt; a grid cut solver may be missing. DEVICE=cpu rehearses
+# it all without a GPU.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+[ $# -eq 2 ] || { echo "usage: bash scripts/gpu_check.sh DATA OUT" >&2; exit 2; }
+[ -d "$1" ] || { echo "error: there is no folder $1 with CIFAR-10" >&2; exit 2; }
+mkdir -p "$2" || exit 1
+data=$(cd "$1" && pwd) out=$(cd "$2" && pwd)
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+parts=${PARTS:-tests benchmark train} device=${DEVICE:-cuda}
+deadline=$((SECONDS + 60 * ${MINUTES:-9} - 15))
+runs=$(mktemp -d) failed=0
+trap 'rm -rf "$runs"' EXIT
+left() { echo $((deadline - SECONDS)); }
+within() {  # within SECONDS COMMAND…: stopped by SIGTERM, which main.py answers by saving
+  local limit=$1; shift
+  [ "$limit" -gt 0 ] || { echo "no time left for: $*"; return 124; }
+  timeout --signal=TERM --kill-after=20 "$limit" "$@"
+}
+note() { echo "$*" | tee -a "$out/report.md"; }
+
+"$python" - "$device" >"$out/report.md" <<'PY' || exit 1
+import platform, sys, time, torch
+if sys.argv[1] == "cuda" and not torch.cuda.is_available():
+    sys.exit("error: this PyTorch finds no CUDA device")
+name = torch.cuda.get_device_name(0) if sys.argv[1] == "cuda" else "A rehearsal on the CPU"
+print(f"# {name}\n\n{time.strftime('%Y-%m-%d')}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, "
+      f"cuDNN {torch.backends.cudnn.version()}, Python {platform.python_version()}\n")
+PY
+cat "$out/report.md"
+
+if [[ " $parts " == *" tests "* ]]; then
+  within $((${MINUTES:-9} * 20)) "$python" -m pytest tests/test_devices.py tests/test_graph.py -rfE >"$out/tests.log" 2>&1 ||
+    { failed=1; grep -E "^(FAILED|ERROR)" "$out/tests.log" | sed 's/^/- /' | tee -a "$out/report.md"; }
+  note "Tests of test_devices.py and test_graph.py: $(tail -n 1 "$out/tests.log")"
+fi
+
+if [[ " $parts " == *" benchmark "* ]]; then
+  for mode in "" --fast; do
+    name=steps${mode:+_fast}
+    # shellcheck disable=SC2086
+    within 75 "$python" scripts/benchmark.py --device "$device" --parts steps --methods vanilla sage $mode --out "$out/$name.json" |
+      tee "$out/$name.log" | grep '^|\|^whole' || { failed=1; note "- the benchmark of steps $mode failed"; }
+  done
+  within 60 "$python" scripts/benchmark.py --device "$device" --parts search --out "$out/search.json" |
+    tee "$out/search.log" | grep '^|\|^search' || { failed=1; note "- the benchmark of the search failed"; }
+  for name in steps steps_fast search; do
+    [ -f "$out/$name.log" ] && { echo; grep '^|\|^whole\|^search' "$out/$name.log" | sed 's/^\(whole.*\|search.*\)$/\n\1\n/'; } >>"$out/report.md"
+    rm -f "$out/$name.log"
+  done
+fi
+
+train() {  # train NAME SECONDS FLAGS…
+  local name=$1 limit=$2; shift 2
+  within "$limit" "$python" main.py --dataset cifar10 --data_dir "$data" --root_dir "$runs" --labels_per_class 5000 \
+    --arch preactresnet18 --learning_rate 0.2 --momentum 0.9 --decay 0.0001 --epochs 300 --schedule 100 200 \
+    --gammas 0.1 0.1 --method sage --blur_sigma 1.0 --seed 1 --kernel_size 5 --ngpu $([ "$device" = cuda ] && echo 1 || echo 0) --workers 2 --mixup_alpha 1.0 \
+    --upper_lambda 0.6 --rand_pos 0.01 --update_ratio 0.7 --add_name "$name" "$@" >"$out/$name.log" 2>&1
+  local code=$?
+  for folder in "$runs"/*"$name"; do
+    cp "$folder/metrics.csv" "$out/$name.csv" && cp "$folder/config.json" "$out/$name.json"
+  done 2>/dev/null
+  [ $code -eq 0 ] || [ $code -eq 143 ] || [ $code -eq 124 ] || { failed=1; tail -n 5 "$out/$name.log"; }
+  "$python" - "$out/$name.csv" "$name" "$*" <<'PY' | tee -a "$out/report.md"
+import csv, statistics, sys
+from pathlib import Path
+path = Path(sys.argv[1])
+rows = list(csv.DictReader(path.open())) if path.exists() else []
+if not rows:
+    print(f"\n{sys.argv[2]}: no epoch was finished")
+    sys.exit()
+later = [float(row["seconds"]) for row in rows[1:]] or [float(rows[0]["seconds"])]
+rate = statistics.median(float(row["images_per_second"]) for row in rows)
+print(f"\nSAGE on CIFAR-10 {sys.argv[3]}: {len(rows)} epochs; {statistics.median(later):.2f} s an epoch (the first "
+      f"{float(rows[0]['seconds']):.1f}), {rate:.0f} images/s in training; test accuracy {float(rows[-1]['test_top1']):.2f} %, "
+      f"best {max(float(row['test_top1']) for row in rows):.2f} %")
+PY
+}
+if [[ " $parts " == *" train "* ]]; then
+  [ "$(left)" -gt 120 ] && train default 40
+  train fast "$(left)" --fast
+fi
+exit $failed

@@ -1,0 +1,80 @@
+"""A training step as one CUDA graph: some thousand kernels for the price of one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixup.base import Step
+
+from .records import log
+
+WARM_UP = 3  # steps taken as they are before one is recorded: plans, workspaces, momentum
+Take = Callable[[Tensor, Tensor, Any], Step]
+
+
+def record_cuda(work: Callable[[], Step]) -> tuple[Callable[[], None], Step]:
+    """What does ``work`` again at one launch, and what it leaves its results in. Nothing is computed yet."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may be moving the next batch
+        result = work()
+    return graph.replay, result
+
+
+class Captured:
+    """``take(images, labels, draws)`` recorded on its fourth call, and replayed from then on.
+
+    Draws are handed over as tensors. A batch of another shape is taken as it is; a change of what ``baked`` returns
+    (numbers that the recording holds, like the learning rate) makes a new recording. The tensors of a returned step
+    are overwritten by the next one.
+    """
+
+    def __init__(self, take: Take, baked: Callable[[], Any], device: torch.device, record: Any = record_cuda) -> None:
+        self.take, self.baked, self.device, self.record = take, baked, device, record
+        self.seen = 0
+        self.kept: Any = None  # what was baked, inputs, replay, result
+        self.works = True
+
+    def __call__(self, images: Tensor, labels: Tensor, draws: Any) -> Step:
+        draws = as_tensors(draws, self.device)
+        inputs = [images, labels, *(value for value in vars(draws).values() if value is not None)]
+        if self.kept is not None and self.kept[0] != self.baked():
+            self.kept = None
+        if self.kept is None and self.works and self.seen >= WARM_UP:
+            self.capture(images, labels, draws)
+        self.seen += 1
+        if self.kept is None or [x.shape for x in self.kept[1]] != [x.shape for x in inputs]:
+            return self.take(images, labels, draws)
+        _, held, replay, result = self.kept
+        for place, value in zip(held, inputs, strict=True):
+            place.copy_(value, non_blocking=True)
+        replay()
+        return result
+
+    def capture(self, images: Tensor, labels: Tensor, draws: Any) -> None:
+        """Record the step on tensors of its own. Where that fails, steps stay as they are."""
+        own = SimpleNamespace(**{k: v if v is None else v.clone() for k, v in vars(draws).items()})
+        x, y = images.clone(), labels.clone()
+        try:
+            replay, result = self.record(lambda: self.take(x, y, own))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            log.warning(f"warning: steps cannot be recorded as a CUDA graph ({reason}); they are launched one by one")
+            self.works = False
+            return
+        self.kept = self.baked(), [x, y, *(v for v in vars(own).values() if v is not None)], replay, result
+
+
+def as_tensors(draws: Any, device: torch.device) -> SimpleNamespace:
+    """Numbers and arrays of ``draws`` as tensors on ``device``, without waiting for it."""
+    tensors = {
+        name: None if value is None else torch.as_tensor(value).to(device, non_blocking=True)
+        for name, value in vars(draws).items()
+    }
+    return SimpleNamespace(
+        **{k: v.float() if isinstance(v, Tensor) and v.dtype == torch.float64 else v for k, v in tensors.items()}
+    )
