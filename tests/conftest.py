@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests import served
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +26,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     folder / f"{i}.png"
                 )
     return root
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[Path]:
+    """A Python that starts in milliseconds."""
+    with served.python() as client:
+        yield client

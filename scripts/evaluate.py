@@ -1,0 +1,501 @@
+"""A trained network beyond its accuracy: corruptions, attacks, calibration, confusion. JSON, Markdown and pictures.
+
+    python3 scripts/evaluate.py --checkpoint RUNS/…/model_best.pth.tar --data_dir DATA
+    python3 scripts/evaluate.py --checkpoint RUNS/…/model_best.pth.tar --data_dir DATA --ngpu 0 --images 100
+    python3 scripts/evaluate.py --checkpoint PUBLISHED.pth.tar --dataset cifar100 --data_dir DATA --arch wrn16_8
+
+Settings that are not typed are the checkpoint's; a published one (weights alone) takes them from the flags.
+
+clean        top-1, top-5, cross-entropy, accuracy of each class, confusion matrix: always, of all test images
+calibration  expected calibration error and reliability diagram, of the same pass
+corruptions  top-1 error under each corruption at five severities, and their mean in %, not relative to another network
+fgsm, pgd    top-1 accuracy under attack, in pixels of 0 … 1 with the normalisation inside the network
+
+--corruptions_dir is a folder with the published CIFAR-10-C or CIFAR-100-C arrays; they are also found as
+DATA/CIFAR-10-C or DATA/CIFAR-100-C. The mean is over the 15 of the benchmark; its four extra ones are listed beside it.
+Without arrays, corruptions are made here: utils/robustness.py lists them. Results say so; they are not CIFAR-10-C's.
+
+The network runs in float32. The same flags and seed give the same corrupted images and starts on every device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+import textwrap
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torchvision.transforms.v2 import Normalize
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import main as program
+from load_data import Data, Split, test_batches
+from utils import options, records
+from utils.files import BadArguments, UserError, atomic_write
+from utils.options import Parser, number, one_of
+from utils.records import log
+from utils.robustness import CORRUPTIONS, SEVERITIES, calibration, corrupt, fgsm, pgd
+from utils.runtime import device_name, exit_code, pick_device, set_precision
+from utils.train import hits
+
+PARTS = ("clean", "calibration", "corruptions", "fgsm", "pgd")
+FLAGS = ("dataset", "data_dir", "image_size", "arch", "initial_channels", "dropout", "ngpu")  # as main.py has them
+PUBLISHED = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}
+EXTRA = {"speckle_noise", "gaussian_blur", "spatter", "saturate"}  # of the published ones; not in the benchmark's mean
+BENCHMARK = 15
+FEW = 20  # classes that a picture and a table show by name
+
+
+@dataclass
+class Job:
+    """A network in eval mode, its data, a subset of the test images, and where results go."""
+
+    model: nn.Module
+    data: Data
+    few: Split
+    device: torch.device
+    args: argparse.Namespace
+    result: dict[str, Any] = field(default_factory=dict)
+    text: list[str] = field(default_factory=list)
+
+    def path(self, ending: str) -> Path:
+        """A file of this evaluation, named after the checkpoint."""
+        return self.args.out / (re.sub(r"(\.(pth|pt|tar|ckpt))+$", "", Path(self.args.resume).name) + ending)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate; returns the exit code: 0, 1 for a failure, 2 for bad arguments."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    typed = options.typed_names(parser, argv) | {"seed", "batch_size", "fast"}  # not the training's
+    options.make_parser().parse_args([], namespace=args)  # what is left, until the checkpoint says
+    return exit_code(parser, lambda: evaluate(args, typed))
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        description=__doc__,
+        prog="evaluate.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    positive = number(int, low=1)
+    of_255 = number(float, above=0, high=255)
+    # fmt: off
+    add = parser.add_argument
+    add("--checkpoint", dest="resume", metavar="PATH", required=True, help="of this project or published")
+    add("--out", type=Path, help="folder for the results (default: evaluation, beside the checkpoint)")
+    add("--parts", nargs="+", type=one_of(PARTS), default=PARTS, help=f"{', '.join(PARTS)} (default: all)")
+    add("--images", type=positive, help="of each class for corruptions and attacks, at random (default: all)")
+    add("--batch_size", type=positive, default=250, help="(default: %(default)s)")
+    add("--seed", type=number(int, low=0), default=0, help="of every random choice (default: %(default)s)")
+    add("--bins", type=positive, default=15, help="of confidence, for the calibration error (default: %(default)s)")
+    add("--corruptions_dir", type=Path, help="the published arrays: gaussian_noise.npy …, labels.npy")
+    add("--eps", type=of_255, nargs="+", default=[4, 8], help="sizes of the attacks, of 255 (default: 4 8)")
+    add("--pgd_steps", type=positive, default=10, help="(default: %(default)s)")
+    add("--pgd_step_size", type=of_255, help="of 255 (default: 2.5·eps/steps)")
+    add("--pgd_restarts", type=positive, default=1, help="random starts (default: %(default)s)")
+    # fmt: on
+    options.add_flags(parser.add_argument_group("data, model and device, where the checkpoint does not say"), FLAGS)
+    return parser
+
+
+def evaluate(args: argparse.Namespace, typed: set[str]) -> int:
+    """Every part that was asked for."""
+    device, warning = pick_device(args.ngpu)
+    records.start_log(None)
+    if warning:
+        log.warning(f"warning: {warning}")
+    set_precision(False)
+    command = options.command_line()
+    model, data = program.open_checkpoint(args, typed, device)
+    arrays = find_arrays(args) if "corruptions" in args.parts else None
+    args.out = args.out or Path(args.resume).parent / "evaluation"
+    args.out.mkdir(parents=True, exist_ok=True)
+    model.eval()
+    chosen = torch.from_numpy(choose(data.test.labels.cpu().numpy(), args.images, args.seed))
+    few = Split(data.test.images.cpu()[chosen], data.test.labels.cpu()[chosen])
+    job = Job(model, data, few, device, args)
+    logits = predict(job, data.test)
+    job.result.update(
+        checkpoint=str(args.resume), dataset=data.name, source=data.source, arch=args.arch, classes=data.classes,
+        images=len(data.test), subset=len(few), subset_top1=top1(logits[chosen], few.labels), seed=args.seed,
+        command=command, date=time.strftime("%Y-%m-%d"), device=device_name(device), git_commit=records.git_commit(),
+        versions={name: version(name) for name in ("torch", "torchvision", "numpy")}, summary={},
+    )  # fmt: skip
+    job.text.append(
+        f"# {args.resume}\n\n{args.arch} on {data.name} ({data.source}), {len(data.test):,} test images. Corruptions "
+        f"and attacks: {len(few):,} of them, with a clean top-1 of {job.result['subset_top1']:.2f} %.\n\n`{command}`"
+    )
+    clean(job, logits)
+    if "calibration" in args.parts:
+        calibrate(job, logits)
+    write(job)
+    if "corruptions" in args.parts:
+        corruptions(job, arrays)
+        write(job)
+    if names := [name for name in ("fgsm", "pgd") if name in args.parts]:
+        attacks(job, names)
+        write(job)
+    log.info(f"{job.path('.md')}\n{job.path('.json')}")
+    return 0
+
+
+def write(job: Job) -> None:
+    """What is there so far."""
+    with atomic_write(job.path(".md"), "w") as file:
+        file.write("\n\n".join(job.text) + "\n")
+    records.write_json(job.path(".json"), job.result)
+
+
+def choose(labels: np.ndarray, number_of_each: int | None, seed: int) -> np.ndarray:
+    """Indices of so many of each label."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    return np.sort(np.concatenate([order[labels[order] == label][:number_of_each] for label in np.unique(labels)]))
+
+
+@torch.inference_mode()
+def predict(job: Job, split: Split, what: str = "clean") -> Tensor:
+    """Logits [N, K] float32 on the CPU."""
+    batches = test_batches(split, job.data, batch_size=job.args.batch_size, device=job.device)
+    total = -(-len(split) // job.args.batch_size)
+    parts = [job.model(images).float() for images, _ in progress(batches, total, what)]
+    logits = torch.cat(parts).cpu()
+    if not logits.isfinite().all():
+        raise UserError(f"the network in {job.args.resume} gives numbers that are not finite")
+    return logits
+
+
+def progress(items: Iterable[Any], total: int, what: str) -> tqdm:
+    """A bar, on a terminal."""
+    return tqdm(items, desc=what, total=total, unit="batch", leave=False, disable=not sys.stderr.isatty())
+
+
+def top1(logits: Tensor, labels: Tensor) -> float:
+    """In %."""
+    return 100 * (logits.argmax(dim=1) == labels.cpu()).double().mean().item()
+
+
+# ------------------------------------------------------------------------------------------------ clean and calibration
+
+
+def clean(job: Job, logits: Tensor) -> None:
+    """Top-1, top-5, loss, classes and confusion."""
+    labels, classes = job.data.test.labels.cpu(), job.data.classes
+    first, five = (100 * count.item() / len(labels) for count in hits(logits, labels))
+    loss = F.cross_entropy(logits.double(), labels).item()
+    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+    confusion.index_put_((labels, logits.argmax(dim=1)), torch.ones_like(labels), accumulate=True)
+    of_class = (100 * confusion.diagonal().double() / confusion.sum(dim=1)).tolist()
+    per_class = {name: None if math.isnan(value) else value for name, value in zip(classes, of_class, strict=True)}
+    job.result["clean"] = {
+        "top1": first, "top5": five, "loss": loss, "per_class": per_class, "confusion": confusion.tolist()
+    }  # fmt: skip
+    job.result["summary"].update(clean_top1=first, clean_top5=five)
+    ranked = sorted(((value, name) for name, value in per_class.items() if value is not None))
+    title = "class" if len(classes) <= FEW else f"class (the {FEW} lowest)"
+    draw_confusion(job, confusion, first)
+    job.text += [
+        f"## Clean\n\ntop-1 {first:.2f} %, top-5 {five:.2f} %, cross-entropy {loss:.4f}",
+        table((title, "accuracy [%]"), [(name, f"{value:.2f}") for value, name in ranked[:FEW]]),
+        picture(job, "_confusion.png", "Confusion matrix"),
+    ]
+    log.info(f"clean: top-1 {first:.2f} %, top-5 {five:.2f} %")
+
+
+def calibrate(job: Job, logits: Tensor) -> None:
+    """Expected calibration error, in %, and the reliability diagram."""
+    error, rows = calibration(logits, job.data.test.labels.cpu(), job.args.bins)
+    confidence = 100 * logits.double().softmax(dim=1).amax(dim=1).mean().item()
+    columns = [(n, None, None) if n == 0 else (n, 100 * accuracy, 100 * sure) for n, accuracy, sure in rows]
+    job.result["calibration"] = {
+        "ece": 100 * error, "bins": job.args.bins, "mean_confidence": confidence,
+        "bin_images_accuracy_confidence": columns,
+    }  # fmt: skip
+    job.result["summary"]["ece"] = 100 * error
+    draw_reliability(job, rows, 100 * error, confidence)
+    line = f"expected calibration error {100 * error:.2f} % ({job.args.bins} equal bins), "
+    line += f"mean confidence {confidence:.2f} %, accuracy {job.result['clean']['top1']:.2f} %"
+    job.text += ["## Calibration", line, picture(job, "_reliability.png", "Reliability diagram")]
+    log.info(f"calibration: {line}")
+
+
+# ---------------------------------------------------------------------------------------------------------- corruptions
+
+
+def find_arrays(args: argparse.Namespace) -> Path | None:
+    """The folder of published arrays, where one was named or lies beside the images."""
+    usual = Path(args.data_dir) / PUBLISHED.get(args.dataset, "")
+    folder = args.corruptions_dir or (usual if args.dataset in PUBLISHED and usual.is_dir() else None)
+    if folder is not None and not (folder / "labels.npy").is_file():
+        raise BadArguments(f"{folder} holds no labels.npy; the published arrays have one")
+    return folder
+
+
+def corruptions(job: Job, arrays: Path | None) -> None:
+    """Top-1 error in % under every corruption and severity, and the mean over both."""
+    sets = published_sets(job, arrays) if arrays else own_sets(job)
+    errors: dict[str, list[float]] = {}
+    shown: dict[str, list[Tensor]] = {}
+    for name, severity, split in sets:
+        error = 100 - top1(predict(job, split, f"{name} {severity}"), split.labels)
+        errors.setdefault(name, []).append(error)
+        shown.setdefault(name, [] if arrays else [job.few.images[0]]).append(split.images[0])
+        if severity == SEVERITIES:
+            log.info(f"{name}: top-1 error {np.mean(errors[name]):.2f} %")
+    counted = {name: row for name, row in errors.items() if not (arrays and name in EXTRA)} or errors
+    mean, count = float(np.mean(list(counted.values()))), len(split)
+    what = f"arrays in {arrays}" if arrays else "corruptions made here (utils/robustness.py; not CIFAR-10-C)"
+    if arrays and len(counted) < BENCHMARK:
+        what += f", {len(counted)} of the benchmark's {BENCHMARK}"
+    job.result["corruptions"] = f"{what}; {count:,} images, seed {job.args.seed}"
+    job.result["corruption_errors"] = errors
+    job.result["summary"]["corruption_error"] = mean
+    draw_corruptions(job, errors, f"Top-1 error [%], mean of {len(counted)} corruptions {mean:.1f}\n{what}")
+    draw_images(job, shown, what)
+    head = ("corruption", *map(str, range(1, SEVERITIES + 1)), "mean")
+    rows = [(name, *(f"{e:.2f}" for e in row), f"{np.mean(row):.2f}") for name, row in errors.items()]
+    line = f"mean corruption error {mean:.2f} %: top-1 error, mean over {len(counted)} corruptions and their severities"
+    job.text += [
+        f"## Corruptions\n\nImages: {job.result['corruptions']}.\n\n{line}", table(head, rows),
+        picture(job, "_corruptions.png", "Errors"), picture(job, "_images.png", "A corrupted image"),
+    ]  # fmt: skip
+    log.info(f"corruptions: {line}")
+
+
+def own_sets(job: Job) -> Iterator[tuple[str, int, Split]]:
+    """Name, severity and images of every corruption made here."""
+    for name in CORRUPTIONS:
+        for severity in range(1, SEVERITIES + 1):
+            yield name, severity, Split(corrupt(job.few.images, name, severity, job.args.seed), job.few.labels)
+
+
+def published_sets(job: Job, folder: Path) -> Iterator[tuple[str, int, Split]]:
+    """The same of arrays uint8 [5·N, H, W, 3], the severities one after the other."""
+    labels = read_array(folder / "labels.npy")
+    paths = [path for path in sorted(folder.glob("*.npy")) if path.name != "labels.npy"]
+    size, rest = divmod(len(labels), SEVERITIES) if labels.ndim == 1 else (0, 0)
+    if rest or not size or not paths or labels.min() < 0 or labels.max() >= len(job.data.classes):
+        raise UserError(f"{folder} is not a set of corrupted images of {len(job.data.classes)} classes")
+    shape = (len(labels), *job.data.image_size, 3)
+    chosen = choose(np.asarray(labels[:size]), job.args.images, job.args.seed)
+    for path in paths:
+        images = read_array(path)
+        if images.shape != shape or images.dtype != np.uint8:
+            raise UserError(f"{path} holds {images.dtype} {images.shape} instead of uint8 {shape}")
+        for severity in range(1, SEVERITIES + 1):
+            rows = chosen + (severity - 1) * size
+            pixels = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).contiguous()
+            yield path.stem, severity, Split(pixels, torch.from_numpy(labels[rows].astype(np.int64)))
+
+
+def read_array(path: Path) -> np.ndarray:
+    """An array that stays on the disk until it is used."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read as an array: {error}") from error
+
+
+# -------------------------------------------------------------------------------------------------------------- attacks
+
+
+def attacks(job: Job, names: Sequence[str]) -> None:
+    """Top-1 accuracy in % under attacks of each size."""
+    for name in names:
+        rows = [attack(job, name, size) for size in job.args.eps]
+        job.result[name] = rows
+        job.result["summary"].update({f"{name}{row['eps_of_255']:g}_top1": row["top1"] for row in rows})
+        head = [key.replace("_", " ").replace(" of 255", " [/255]").replace("top1", "top-1 [%]") for key in rows[0]]
+        cells = [[f"{value:.4g}" for value in row.values()] for row in rows]
+        job.text.append(f"## {name.upper()}\n\n" + table(head, cells))
+    draw_attacks(job, names)
+    job.text.append(picture(job, "_attacks.png", "Accuracy under attack"))
+
+
+def attack(job: Job, name: str, size: float) -> dict[str, float]:
+    """Accuracy under one attack, and what it was; ``size`` is of 255."""
+    args = job.args
+    network = nn.Sequential(Normalize(job.data.mean, job.data.std), job.model)
+    step_size = args.pgd_step_size or 2.5 * size / args.pgd_steps
+    right = unmoved = 0
+    starts = range(0, len(job.few), args.batch_size)
+    for start in progress(starts, len(starts), f"{name} {size:g}/255"):
+        batch = slice(start, start + args.batch_size)
+        pixels = job.few.images[batch].to(job.device).float() / 255
+        labels = job.few.labels[batch].to(job.device)
+        if name == "fgsm":
+            changed = fgsm(network, pixels, labels, size / 255)
+            unmoved += int((changed == pixels).flatten(1).all(dim=1).sum())
+        else:
+            changed = pgd(
+                network, pixels, labels, size / 255, steps=args.pgd_steps, step_size=step_size / 255,
+                restarts=args.pgd_restarts, generator=torch.Generator().manual_seed(args.seed + start),
+            )  # fmt: skip
+        with torch.inference_mode():
+            right += int((network(changed).argmax(dim=1) == labels).sum())
+    row = {"eps_of_255": size, "top1": 100 * right / len(job.few)}
+    log.info(f"{name} {size:g}/255: top-1 {row['top1']:.2f} %")
+    if name == "fgsm":
+        return {**row, "images_without_gradient": unmoved}
+    return {**row, "steps": args.pgd_steps, "step_size_of_255": step_size, "restarts": args.pgd_restarts}
+
+
+# ------------------------------------------------------------------------------------------------ Markdown and pictures
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; the first column is text, the others are numbers."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def picture(job: Job, ending: str, title: str) -> str:
+    return f"![{title}]({job.path(ending).name.replace(' ', '%20')})"
+
+
+def save(job: Job, figure: Figure, ending: str) -> None:
+    with atomic_write(job.path(ending)) as file:
+        figure.savefig(file, format="png", bbox_inches="tight", pad_inches=0.1)
+
+
+def title_of(job: Job) -> str:
+    """Where the numbers of a picture come from, in lines that fit."""
+    path = Path(job.args.resume).resolve()
+    words = textwrap.wrap(path.parent.name.replace("_", "_ "), 64)
+    return "\n".join([*(line.replace("_ ", "_") for line in words), path.name])
+
+
+def draw_confusion(job: Job, confusion: Tensor, accuracy: float) -> None:
+    """Shares of each true class, in %, with numbers and names where they fit."""
+    classes = job.data.classes
+    shares = (100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
+    figure = Figure(figsize=(7, 6.2), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    scale = PowerNorm(1 if len(classes) <= FEW else 0.4, 0, 100)  # of many classes, confusions would not be seen
+    image = axes.imshow(shares, cmap="Blues", norm=scale)
+    if len(classes) <= FEW:
+        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right", parse_math=False)
+        axes.set_yticks(range(len(classes)), classes, parse_math=False)
+        write_numbers(axes, shares, 50, 9 if len(classes) <= 12 else 6)
+    axes.set_xlabel("network's class")
+    axes.set_ylabel("true class")
+    axes.set_title(f"{title_of(job)}\ntop-1 {accuracy:.2f} %", fontsize=9, parse_math=False)
+    figure.colorbar(image, label="share of the true class [%]", shrink=0.8)
+    save(job, figure, "_confusion.png")
+
+
+def write_numbers(axes: Any, values: np.ndarray, dark: float, size: float) -> None:
+    """Whole numbers into the cells of a picture; white where the cell is dark. Zero stays empty."""
+    for (row, column), value in np.ndenumerate(values):
+        if value > 0.5:
+            colour = "white" if value > dark else "black"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=size, color=colour)
+
+
+def draw_reliability(job: Job, rows: Sequence[tuple[int, float, float]], error: float, confidence: float) -> None:
+    """Accuracy of each bin beside its confidence, over the number of images in it."""
+    count, accuracy, sure = np.nan_to_num(np.array(rows)).T
+    edges = np.linspace(0, 1, len(rows) + 1)
+    bars: dict[str, Any] = {"width": 1 / len(rows), "align": "edge", "edgecolor": "white", "linewidth": 0.5}
+    figure = Figure(figsize=(5, 5.6), layout="constrained", dpi=120)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    above.bar(edges[:-1], accuracy, color="tab:blue", label="accuracy", **bars)
+    gap = sure - accuracy
+    above.bar(
+        edges[:-1], gap.clip(0), bottom=accuracy, color="lightcoral", alpha=0.6, label="confidence above it", **bars
+    )
+    above.bar(edges[:-1], (-gap).clip(0), bottom=sure, color="lightskyblue", label="confidence below it", **bars)
+    above.plot([0, 1], [0, 1], "--", color="0.4", linewidth=1)
+    above.set_ylabel("accuracy")
+    above.set_title(f"{title_of(job)}\ncalibration error {error:.2f} %", fontsize=9, parse_math=False)
+    above.legend(frameon=False, loc="upper left")
+    below.bar(edges[:-1], 100 * count / count.sum(), color="0.6", **bars)
+    top = job.result["clean"]["top1"]
+    below.axvline(confidence / 100, color="tab:red", linewidth=1.2, label=f"mean confidence {confidence:.1f} %")
+    below.axvline(top / 100, color="tab:blue", linewidth=1.2, linestyle="--", label=f"accuracy {top:.1f} %")
+    below.set_xlabel("confidence")
+    below.set_ylabel("images [%]")
+    below.set_xlim(0, 1)
+    below.legend(frameon=False, loc="upper left", fontsize=8)
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+    save(job, figure, "_reliability.png")
+
+
+def draw_corruptions(job: Job, errors: dict[str, list[float]], title: str) -> None:
+    """Errors as a table in colours: a row a corruption, a column a severity, and their mean."""
+    values = np.array([[*row, np.mean(row)] for row in errors.values()])
+    figure = Figure(figsize=(5.6, 1.4 + 0.32 * len(values)), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    axes.imshow(values, cmap="Reds", vmin=0, vmax=100, aspect="auto")
+    write_numbers(axes, values, 60, 9)
+    axes.axvline(SEVERITIES - 0.5, color="white", linewidth=4)
+    axes.set_xticks(range(SEVERITIES + 1), [*map(str, range(1, SEVERITIES + 1)), "mean"])
+    axes.set_yticks(range(len(values)), [name.replace("_", " ") for name in errors], parse_math=False)
+    axes.set_xlabel("severity")
+    axes.set_title(f"{title_of(job)}\n{title}", fontsize=8, parse_math=False)
+    save(job, figure, "_corruptions.png")
+
+
+def draw_images(job: Job, shown: dict[str, list[Tensor]], title: str) -> None:
+    """One image under every corruption, severities downwards, below the image itself where it is known."""
+    gap = max(1, min(job.data.image_size) // 32)
+    tiles = [F.pad(torch.stack(column), (gap,) * 4, value=255) for column in shown.values()]
+    mosaic = torch.cat([torch.cat(list(column), dim=1) for column in tiles], dim=2).permute(1, 2, 0).numpy()
+    count, _, height, width = tiles[0].shape
+    figure = Figure(figsize=(0.8 * len(shown), 0.8 * count * height / width), dpi=120)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(mosaic, interpolation="nearest", aspect="auto")
+    names = [name.replace("_", "\n") for name in shown]
+    axes.set_xticks(width * (np.arange(len(shown)) + 0.5) - 0.5, names, fontsize=7, parse_math=False)
+    severities = ["clean", *map(str, range(1, SEVERITIES + 1))][-count:]
+    axes.set_yticks(height * (np.arange(count) + 0.5) - 0.5, severities, fontsize=8)
+    axes.set_ylabel("severity", fontsize=8)
+    axes.set_title(title, fontsize=8, parse_math=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    save(job, figure, "_images.png")
+
+
+def draw_attacks(job: Job, names: Sequence[str]) -> None:
+    """Accuracy under attacks of each size, beside that of the same images unattacked."""
+    figure = Figure(figsize=(2.2 + 1.1 * len(job.args.eps), 3.6), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    sizes = range(1, len(job.args.eps) + 1)
+    width = 0.8 / len(names)
+    bars = [axes.bar(0, job.result["subset_top1"], 0.4, color="0.6")]
+    for i, name in enumerate(names):
+        label = name.upper() + (f", {job.args.pgd_steps} steps × {job.args.pgd_restarts}" if name == "pgd" else "")
+        places = [size + (i - (len(names) - 1) / 2) * width for size in sizes]
+        bars.append(axes.bar(places, [row["top1"] for row in job.result[name]], 0.9 * width, label=label))
+    for group in bars:
+        axes.bar_label(group, fmt="%.1f", fontsize=8, padding=2)
+    axes.set_xticks([0, *sizes], ["clean", *(f"{size:g}/255" for size in job.args.eps)])
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("largest change of a pixel")
+    axes.set_ylabel("top-1 accuracy [%]")
+    axes.set_title(f"{title_of(job)}\n{len(job.few):,} test images", fontsize=8, parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
+    save(job, figure, "_attacks.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,480 @@
+"""Corruptions, attacks and calibration against hand-computed cases, and scripts/evaluate.py on a small run."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.v2 import Normalize
+
+from tests.common import ENVIRONMENT, MEAN, ROOT, SMALL, STD, main, rows
+from utils import options
+from utils.robustness import CORRUPTIONS, calibration, corrupt, fgsm, pgd
+
+# ---------------------------------------------------------------------------------------------------------- calibration
+
+
+def test_calibration_error_of_a_hand_computed_case() -> None:
+    # two classes: confidence p is the logit log(p / (1 - p)) of the class guessed
+    confidence = [0.55, 0.58, 0.95, 0.91, 0.99, 0.73]
+    right = [True, False, True, True, False, True]
+    logits = torch.tensor([[math.log(p / (1 - p)), 0.0] for p in confidence], dtype=torch.float64)
+    labels = torch.tensor([0 if yes else 1 for yes in right])
+    error, bins = calibration(logits, labels, bins=10)
+    # bins (0.5, 0.6]: accuracy 1/2, confidence 0.565; (0.7, 0.8]: 1, 0.73; (0.9, 1]: 2/3, 0.95
+    assert error == pytest.approx(2 / 6 * 0.065 + 1 / 6 * 0.27 + 3 / 6 * (0.95 - 2 / 3))
+    assert [n for n, _, _ in bins] == [0, 0, 0, 0, 0, 2, 0, 1, 0, 3]
+    assert bins[9][1:] == pytest.approx((2 / 3, 0.95))
+    assert math.isnan(bins[0][1])
+
+
+def test_calibration_error_of_one_bin_is_accuracy_beside_confidence() -> None:
+    logits = 3 * torch.randn(200, 5, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(200) % 5
+    confidence = logits.double().softmax(1).amax(1).mean()
+    accuracy = (logits.argmax(1) == labels).double().mean()
+    assert calibration(logits, labels, 1)[0] == pytest.approx(float(abs(accuracy - confidence)))
+    certain, bins = calibration(1e4 * F.one_hot(labels, 5).float(), labels)  # confidence 1 belongs to the last bin
+    assert certain == 0
+    assert bins[-1] == (200, 1.0, 1.0)
+    assert [n for n, _, _ in calibration(torch.zeros(3, 2), torch.zeros(3).long(), 2)[1]] == [3, 0]  # (0, ½] has ½
+
+
+# ---------------------------------------------------------------------------------------------------------- corruptions
+
+
+@pytest.fixture(scope="module")
+def colourful() -> Tensor:
+    """Smooth blobs of colour under a fine texture, not square."""
+    generator = torch.Generator().manual_seed(0)
+    coarse, fine = (torch.randn(12, 3, *size, generator=generator) for size in ((6, 5), (48, 40)))
+    pixels = 128 + 45 * F.interpolate(coarse, (48, 40), mode="bicubic") + 12 * fine
+    return pixels.clamp(0, 255).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_corruptions(name: str, colourful: Tensor) -> None:
+    before = colourful.clone()
+    results = [corrupt(colourful, name, severity, seed=3) for severity in range(1, 6)]
+    assert torch.equal(colourful, before)
+    assert all(r.shape == colourful.shape and r.dtype == torch.uint8 for r in results)
+    distance = [(r.float() - colourful.float()).abs().mean().item() for r in results]
+    assert 0.5 < distance[0] < distance[-1] < 100
+    assert distance == sorted(distance)
+    assert torch.equal(results[2], corrupt(colourful, name, 3, seed=3))
+    is_random = name.endswith("noise") or name == "elastic_transform"
+    assert is_random != torch.equal(results[2], corrupt(colourful, name, 3, seed=4))
+    assert torch.equal(results[2][:5], corrupt(colourful[:5], name, 3, seed=3)) or is_random
+    twice = corrupt(colourful[:1].expand(2, -1, -1, -1), name, 3)
+    assert is_random != torch.equal(twice[0], twice[1])  # each image has a draw of its own
+    extremes = torch.stack([torch.zeros(3, 9, 12), torch.full((3, 9, 12), 255)]).to(torch.uint8)
+    black, white = corrupt(extremes, name, 5).float().mean(dim=(1, 2, 3)).tolist()
+    assert black < 20
+    assert white > 235
+
+
+def test_noise_has_the_size_it_names() -> None:
+    grey = torch.full((8, 3, 64, 64), 128, dtype=torch.uint8)
+    for severity, sigma in enumerate(CORRUPTIONS["gaussian_noise"], 1):
+        assert corrupt(grey, "gaussian_noise", severity).float().std().item() == pytest.approx(255 * sigma, rel=0.02)
+    for severity, photons in enumerate(CORRUPTIONS["shot_noise"], 1):
+        spread = 255 * math.sqrt(128 / 255 / photons)
+        assert corrupt(grey, "shot_noise", severity).float().std().item() == pytest.approx(spread, rel=0.02)
+    for severity, share in enumerate(CORRUPTIONS["impulse_noise"], 1):
+        noisy = corrupt(grey, "impulse_noise", severity)
+        for value in (0, 255):
+            assert (noisy == value).double().mean().item() == pytest.approx(share / 2, rel=0.1)
+
+
+def test_corruptions_of_an_even_image_that_move_or_average() -> None:
+    even = torch.full((2, 3, 32, 40), 77, dtype=torch.uint8)
+    for name in ("gaussian_blur", "elastic_transform", "pixelate", "contrast", "saturation", "jpeg_compression"):
+        assert (corrupt(even, name, 5).int() - 77).abs().max() <= 1
+    assert corrupt(even, "brightness", 5).unique().tolist() == [round(77 * CORRUPTIONS["brightness"][4])]
+
+
+@pytest.mark.parametrize(("name", "severity"), [("fog", 1), ("contrast", 0), ("contrast", 6)])
+def test_corruptions_that_do_not_exist_are_refused(name: str, severity: int) -> None:
+    with pytest.raises(ValueError, match=f"{name}.*{severity}"):
+        corrupt(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), name, severity)
+
+
+def test_images_of_another_type_are_refused() -> None:
+    with pytest.raises(ValueError, match="float32"):
+        corrupt(torch.zeros(1, 3, 32, 32), "contrast", 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- attacks
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    """A small network, in float64, that takes pixels in 0 … 1."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3), nn.SiLU(), nn.Flatten(), nn.Linear(6 * 10 * 14, 4)]
+    return nn.Sequential(Normalize(MEAN.tolist(), STD.tolist()), *layers).double().eval()
+
+
+@pytest.fixture(scope="module")
+def batch(network: nn.Module) -> tuple[Tensor, Tensor]:
+    """Pixels, some at the ends of the range, and the labels that the network gives to all but the first."""
+    pixels = torch.rand(12, 3, 12, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pixels = (1.4 * pixels - 0.2).clamp(0, 1)
+    with torch.no_grad():
+        labels = network(pixels).argmax(1)
+    labels[0] = (labels[0] + 1) % 4
+    return pixels, labels
+
+
+def test_fgsm_is_a_step_along_the_gradients_sign(network: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    pixels, labels = batch
+    eps = 8 / 255
+    changed = fgsm(network, pixels, labels, eps)
+    # finite differences of each image's own cross-entropy, normalisation included
+    rng = np.random.default_rng(0)
+    h = 1e-6
+    for _ in range(40):
+        i, c, y, x = (int(rng.integers(n)) for n in pixels.shape)
+        ends = pixels[i].repeat(2, 1, 1, 1)
+        ends[:, c, y, x] += torch.tensor([h, -h])
+        with torch.no_grad():
+            up, down = F.cross_entropy(network(ends), labels[i].repeat(2), reduction="none").tolist()
+        slope = (up - down) / (2 * h)
+        if abs(slope) > 1e-6:
+            expected = min(max(pixels[i, c, y, x].item() + math.copysign(eps, slope), 0), 1)
+            assert changed[i, c, y, x].item() == pytest.approx(expected, abs=1e-12)
+    assert changed.min() >= 0
+    assert changed.max() <= 1
+    alone = fgsm(network, pixels[2:3], labels[2:3], eps)
+    assert torch.allclose(alone, changed[2:3])
+
+
+def test_fgsm_finds_the_worst_corner_of_a_linear_network() -> None:
+    weight = torch.tensor([[1.0, -2.0, 0.0], [0.0, 0.0, 0.0]])
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(3, 2, bias=False))
+    linear[1].weight.data = weight
+    pixels = torch.tensor([0.5, 0.5, 0.5]).view(1, 3, 1, 1)
+    changed = fgsm(linear, pixels, torch.tensor([0]), 0.1).flatten()
+    assert changed.tolist() == pytest.approx([0.4, 0.6, 0.5])
+
+
+def attacked(network: nn.Module, batch: tuple[Tensor, Tensor], eps: float, restarts: int, steps: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return pgd(network, *batch, eps, steps=steps, step_size=eps / 2, restarts=restarts, generator=generator)
+
+
+@pytest.mark.parametrize("eps", [0.002, 8 / 255, 0.5])
+def test_pgd_stays_in_the_ball_and_in_range(network: nn.Module, batch: tuple[Tensor, Tensor], eps: float) -> None:
+    pixels, labels = batch
+    before = pixels.clone()
+    changed = attacked(network, batch, eps, 2)
+    assert torch.equal(pixels, before)
+    assert (changed - pixels).abs().max() <= eps + 1e-12
+    assert changed.min() >= 0
+    assert changed.max() <= 1
+    assert torch.equal(changed[0], pixels[0])  # misclassified as it is
+    assert torch.equal(changed, attacked(network, batch, eps, 2))
+    if eps == 0.5:
+        assert (network(changed).argmax(1) != labels).all()
+
+
+def test_restarts_and_steps_never_make_pgd_weaker(network: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    labels = batch[1]
+    counts = set()
+    for eps in (0.0005, 0.002, 0.006, 0.02):
+        previous = torch.zeros(len(labels), dtype=torch.bool)
+        for restarts in (1, 2, 4):
+            fooled = network(attacked(network, batch, eps, restarts)).argmax(1) != labels
+            assert (fooled | ~previous).all()
+            previous = fooled
+            counts.add(int(fooled.sum()))
+        one, many = (network(attacked(network, batch, eps, 1, steps)).argmax(1) != labels for steps in (1, 8))
+        assert (many | ~one).all()
+    assert len(counts) > 2  # the sizes were chosen so that some images fall and some do not
+
+
+def test_pgd_raises_the_loss_of_images_it_cannot_turn(network: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    pixels, labels = batch
+    changed = attacked(network, batch, 1e-5, 1)
+    loss = [F.cross_entropy(network(x), labels, reduction="none") for x in (pixels, changed)]
+    assert (loss[1][1:] > loss[0][1:]).all()
+    generator = torch.Generator().manual_seed(8)
+    other = pgd(network, *batch, 1e-5, steps=1, step_size=1e-9, restarts=1, generator=generator)
+    assert (other - pixels).abs().amax(dim=(1, 2, 3))[1:] == pytest.approx(
+        1e-5, rel=0.05
+    )  # starts anywhere in the ball
+    assert 4e-6 < (other - pixels)[1:].abs().mean() < 5e-6  # half of that on average, where the range does not end
+
+
+def test_pgd_leaves_images_alone_that_have_fallen(network: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    seen = []
+    handle = network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    changed = attacked(network, batch, 0.1, 2)
+    handle.remove()
+    assert seen[:2] == [12, 11]
+    assert seen == sorted(seen, reverse=True)
+    assert seen[-1] < 11
+    assert (network(changed).argmax(1) != batch[1]).all()
+
+
+# ----------------------------------------------------------------------------------------------------------- the script
+
+
+def run(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the script as a process; an error is one line."""
+    command = [sys.executable, "scripts/evaluate.py", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree of 24 training and 24 test images, 32×32, of three classes that differ in colour."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label, name in enumerate(CLASSES):
+            (root / split / name).mkdir(parents=True)
+            for i in range(8):
+                pixels = rng.integers(0, 200, (32, 32, 3), dtype=np.uint8)
+                pixels[..., 2 - label] += 40
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def small_run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two epochs."""
+    root = tmp_path_factory.mktemp("runs")
+    words = ["--dataset", "folder", "--epochs", 2, "--schedule", 1, "--gammas", 1]
+    main(*SMALL, *words, "--data_dir", images, "--root_dir", root)
+    (folder,) = root.iterdir()
+    return folder
+
+
+ATTACKS = ["--eps", 2, 8, "--pgd_steps", 2, "--pgd_restarts", 2]
+
+
+@pytest.fixture(scope="module")
+def words(small_run: Path, images: Path) -> list[object]:
+    """What every evaluation of the small run is asked for."""
+    return ["--checkpoint", small_run / "checkpoint.pth.tar", "--data_dir", images, "--ngpu", 0]
+
+
+@pytest.fixture(scope="module")
+def result(words: list[object], small_run: Path) -> dict[str, Any]:
+    done = run(*words, "--images", 3, *ATTACKS)
+    assert done.stderr == ""
+    return json.loads((small_run / "evaluation" / "checkpoint.json").read_text())
+
+
+def test_the_clean_numbers_agree(result: dict[str, Any], small_run: Path) -> None:
+    row = rows(small_run)[-1]
+    clean = result["clean"]
+    assert clean["top1"] == pytest.approx(float(row["test_top1"]), abs=1e-3)
+    assert clean["top5"] == pytest.approx(float(row["test_top5"]), abs=1e-3)
+    assert clean["loss"] == pytest.approx(float(row["test_loss"]), rel=1e-4)
+    confusion = np.array(clean["confusion"])
+    assert confusion.sum() == result["images"]
+    assert 100 * confusion.trace() / confusion.sum() == pytest.approx(clean["top1"])
+    expected = 100 * confusion.diagonal() / confusion.sum(axis=1)
+    assert list(clean["per_class"].values()) == pytest.approx(expected)
+    bins = result["calibration"]["bin_images_accuracy_confidence"]
+    assert sum(n for n, _, _ in bins) == result["images"]
+    assert sum(n * accuracy for n, accuracy, _ in bins if n) / result["images"] == pytest.approx(clean["top1"])
+    gap = sum(n * abs(accuracy - sure) for n, accuracy, sure in bins if n) / result["images"]
+    assert gap == pytest.approx(result["calibration"]["ece"])
+
+
+def test_robustness_is_written_down(result: dict[str, Any]) -> None:
+    assert (result["images"], result["subset"]) == (24, 9)
+    errors = result["corruption_errors"]
+    assert set(errors) == set(CORRUPTIONS)
+    assert all(len(row) == 5 and all(0 <= e <= 100 for e in row) for row in errors.values())
+    summary = result["summary"]
+    assert summary["corruption_error"] == pytest.approx(np.mean(list(errors.values())))
+    assert "not CIFAR-10-C" in result["corruptions"]
+    for small, large in zip(result["fgsm"], result["pgd"], strict=True):
+        assert large["top1"] <= min(small["top1"], result["subset_top1"])  # here; not a law
+        assert small["images_without_gradient"] == 0
+    assert [row["restarts"] for row in result["pgd"]] == [2, 2]
+    assert [row["step_size_of_255"] for row in result["pgd"]] == [2.5, 10]
+    assert {"clean_top1", "ece", "fgsm2_top1", "fgsm8_top1", "pgd2_top1", "pgd8_top1"} <= summary.keys()
+
+
+def test_pictures_and_tables_are_there(result: dict[str, Any], small_run: Path) -> None:
+    folder = small_run / "evaluation"
+    text = (folder / "checkpoint.md").read_text()
+    names = {"checkpoint.md", "checkpoint.json"}
+    for ending in ("confusion", "reliability", "corruptions", "images", "attacks"):
+        name = f"checkpoint_{ending}.png"
+        names.add(name)
+        assert f"]({name})" in text
+        with Image.open(folder / name) as image:
+            assert min(image.size) > 200
+            assert np.asarray(image.convert("L")).std() > 5
+    assert {path.name for path in folder.iterdir()} == names
+    assert f"mean corruption error {result['summary']['corruption_error']:.2f} %" in text
+    assert "not CIFAR-10-C" in text
+    assert all(f"\n| {name} | " in text for name in CORRUPTIONS)
+
+
+def evaluate(*words: object) -> tuple[int, dict[str, Any]]:
+    """The script in this process: its exit code and what it wrote into the folder that is named last."""
+    from scripts import evaluate as script
+
+    try:
+        code = script.main([str(word) for word in words])
+    except SystemExit as stopped:
+        code = stopped.code  # type: ignore[assignment]
+    found = list(Path(str(words[-1])).glob("*.json"))
+    return code, json.loads(found[0].read_text()) if found else {}
+
+
+def test_one_seed_gives_one_result(result: dict[str, Any], words: list[object], tmp_path: Path) -> None:
+    _, again = evaluate(*words, "--images", 3, *ATTACKS, "--parts", "corruptions", "pgd", "--out", tmp_path)
+    for name in ("clean", "corruptions", "corruption_errors", "pgd"):
+        assert again[name] == result[name]
+    assert "calibration" not in again
+    assert "fgsm" not in again
+
+
+def test_published_weights_take_their_settings_from_the_flags(
+    result: dict[str, Any], small_run: Path, images: Path, tmp_path: Path
+) -> None:
+    state = torch.load(small_run / "checkpoint.pth.tar", weights_only=True)
+    weights = state["state_dict"]
+    published = {"state_dict": {f"module.{name}": value for name, value in weights.items()}, "epoch": 3}
+    flags = ["--dataset", "folder", "--data_dir", images, "--arch", "preactresnet18", "--initial_channels", 4]
+    for name, content in (("bare.pt", weights), ("parallel.v2.pth.tar", published)):
+        torch.save(content, tmp_path / name)
+        out = tmp_path / name.split(".")[0]
+        code, found = evaluate("--checkpoint", tmp_path / name, *flags, "--ngpu", 0, "--parts", "clean", "--out", out)
+        assert code == 0
+        assert found["clean"] == result["clean"]  # mean and deviation are measured, of the same training images
+    assert (tmp_path / "parallel" / "parallel.v2.md").exists()
+
+
+def published_arrays(folder: Path, names: list[str], labels: np.ndarray) -> None:
+    """Arrays in the published layout whose severities are grey levels 0 … 4."""
+    folder.mkdir()
+    levels = np.repeat(np.arange(5, dtype=np.uint8), len(labels))
+    for name in names:
+        np.save(folder / f"{name}.npy", np.ones((len(levels), 32, 32, 3), np.uint8) * levels[:, None, None, None])
+    np.save(folder / "labels.npy", np.tile(labels, 5))
+
+
+def test_published_arrays_are_read_where_they_are(
+    words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts import evaluate as script
+
+    published_arrays(tmp_path / "arrays", ["fog", "snow", "saturate"], np.arange(40, dtype=np.uint8) % 3)
+    seen: list[tuple[str, float, list[int]]] = []
+
+    def predict(job: Any, split: Any, what: str = "clean") -> Tensor:
+        """A network that is right about severities 1 to 3, and wrong about saturate."""
+        if what != "clean":
+            assert split.images.shape == (6, 3, 32, 32)
+            seen.append((what, split.images.float().mean().item(), split.labels.tolist()))
+        right = what == "clean" or (not what.startswith("saturate") and split.images.max() <= 2)
+        return 5 * F.one_hot((split.labels + (not right)) % 3, 3).float()
+
+    monkeypatch.setattr(script, "predict", predict)
+    words = [*words, "--images", 2, "--parts", "corruptions"]
+    code, found = evaluate(*words, "--corruptions_dir", tmp_path / "arrays", "--out", tmp_path / "out")
+    assert code == 0
+    assert [(what, mean) for what, mean, _ in seen[:5]] == [(f"fog {s}", s - 1) for s in range(1, 6)]
+    assert all(sorted(of) == [0, 0, 1, 1, 2, 2] for _, _, of in seen)
+    assert found["corruption_errors"]["fog"] == [0, 0, 0, 100, 100]
+    assert found["summary"]["corruption_error"] == pytest.approx(40)  # saturate is none of the benchmark's
+    assert "2 of the benchmark's 15" in found["corruptions"]
+    assert "made here" not in found["corruptions"]
+
+
+def test_damaged_arrays_are_refused(words: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "arrays"
+    words = [*words, "--parts", "corruptions", "--corruptions_dir", folder, "--out", tmp_path / "out"]
+
+    def refused(code: int, message: str) -> None:
+        assert evaluate(*words)[0] == code
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+    refused(2, "labels.npy")
+    labels = np.arange(10, dtype=np.uint8) % 3
+    published_arrays(folder, ["fog"], labels)
+    whole = (folder / "fog.npy").read_bytes()
+    (folder / "fog.npy").write_bytes(whole[:-100])
+    refused(1, "fog.npy")
+    np.save(folder / "fog.npy", np.zeros((50, 16, 16, 3), np.uint8))
+    refused(1, "(50, 16, 16, 3)")
+    np.save(folder / "fog.npy", np.array([{}] * 50, dtype=object), allow_pickle=True)
+    refused(1, "fog.npy")
+    np.save(folder / "labels.npy", np.tile(labels + 1, 5))
+    refused(1, "3 classes")
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "message"),
+    [
+        (2, "", "--checkpoint"),
+        (2, "--checkpoint a.pth --parts pdg", "did you mean pgd"),
+        (2, "--checkpoint a.pth --eps 0", "--eps"),
+        (2, "--checkpoint a.pth --arch resnet", "--arch"),
+        (2, "--checkpoint a.pth --images 0", "--images"),
+        (1, "--checkpoint nowhere/a.pth", "nowhere/a.pth"),
+        (1, "--checkpoint README.md", "README.md"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(
+    code: int, words: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert evaluate("--ngpu", 0, *words.split())[0] == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_damaged_checkpoints_are_refused(
+    small_run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = (small_run / "checkpoint.pth.tar").read_bytes()
+    (tmp_path / "cut.pth.tar").write_bytes(content[: len(content) // 2])
+    state = torch.load(small_run / "checkpoint.pth.tar", weights_only=True)
+    weights = dict(state["state_dict"])
+    torch.save({name: value for name, value in weights.items() if "linear" not in name}, tmp_path / "part.pt")
+    weights["linear.bias"] = weights["linear.bias"] * math.nan
+    torch.save(weights, tmp_path / "nan.pt")
+    flags = ["--dataset", "folder", "--data_dir", images, "--arch", "preactresnet18", "--initial_channels", 4]
+    for name, message in (("cut.pth.tar", "cannot be read"), ("part.pt", "do not fit"), ("nan.pt", "not finite")):
+        assert evaluate("--checkpoint", tmp_path / name, *flags, "--ngpu", 0, "--out", tmp_path / "out")[0] == 1
+        error = capsys.readouterr().err
+        assert name in error
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_main_and_this_script_have_the_same_flags() -> None:
+    from scripts import evaluate as script
+
+    ours = {action.dest: action for action in script.make_parser()._actions}
+    theirs = {action.dest: action for action in options.make_parser()._actions}
+    for name in script.FLAGS:
+        assert (ours[name].default, ours[name].help) == (theirs[name].default, theirs[name].help)
