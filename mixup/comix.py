@@ -254,8 +254,8 @@ def _minimise(
     parts, cells, n = cost.shape
     g = math.isqrt(cells)
     part = np.arange(parts)[:, None]
-    first, second = start.copy(), start.copy()
-    counts = np.stack([_count(first[:, o], second[:, o], n) for o in range(n)], axis=1)  # [P, outputs, images]
+    sources = np.stack((start, start), axis=3)
+    counts = _count(sources, n)  # [P, outputs, images]
     total = counts.sum(axis=1)
     extra = np.zeros((parts, n, n), np.float32)
     done, before = np.zeros(parts, np.bool_), np.full(parts, np.inf)
@@ -271,11 +271,13 @@ def _minimise(
     seams = np.zeros((g, g), np.int64)  # weight of all edges of a cell
     for view, edges in ((seams[:-1], down), (seams[1:], down), (seams[:, :-1], across), (seams[:, 1:], across)):
         view += edges
-    margin = (seams * DISTANCE_SCALE).reshape(cells, 1)
+    margin = (seams * DISTANCE_SCALE).reshape(cells, 1, 1)
     weight = max(int(down.max(initial=0)), int(across.max(initial=0)))
     down, across = down[None], across[None]
 
     for index in range(iterations):
+        if index > 0:
+            pairs_of, number_of = _soft_pairs(counts)
         for o in range(n):
             total -= counts[:, o]
             load = (matrix @ total[:, :, None])[:, :, 0]
@@ -285,9 +287,9 @@ def _minimise(
             energy, images_of = (unary * UNARY_SCALE).astype(np.int64), images
             largest = int(np.abs(energy).max())
             if index > 0:
-                pairs, number = _soft_pairs(counts[:, o])
-                one, other = (np.take_along_axis(unary, pairs[:, None, :, k], axis=2) for k in (0, 1))
-                means = (((one + other) / 2 - SOFT_BONUS) * UNARY_SCALE).astype(np.int64)
+                pairs, number = pairs_of[:, o], number_of[:, o]
+                both = unary[part[..., None, None], np.arange(cells)[:, None, None], pairs[:, None]]
+                means = (((both[..., 0] + both[..., 1]) / 2 - SOFT_BONUS) * UNARY_SCALE).astype(np.int64)
                 means = np.where(np.arange(3) < number[:, None], means, UNUSED)
                 energy = np.concatenate((energy, means), axis=2)
                 images_of = np.concatenate((images, pairs), axis=1)
@@ -295,47 +297,53 @@ def _minimise(
                 for k in (0, 1):
                     distance[part, soft, pairs[:, :, k]] = close
                 distance[:, :, n:] = distance[:, n:].transpose(0, 2, 1)
-            beats = (energy[:, :, None, :] > (energy + margin)[:, :, :, None]).all(axis=1)
+            by_cell = energy.swapaxes(0, 1)
+            beats = (by_cell[:, :, None] > (by_cell + margin)[..., None]).all(axis=0)
             wins, loses = _bits(beats), _bits(beats.transpose(0, 2, 1))
             swap = solver(largest, weight, DISTANCE_SCALE, energy[0].size)
-            for p in np.flatnonzero(~done):
+            active = np.flatnonzero(~done)
+            chosen = np.empty((active.size, cells), np.int64)
+            for row, p in enumerate(active):
                 keep = _reachable(wins[p], loses[p])
                 if keep.size > 1:
                     unaries = energy[p][:, keep].reshape(1, g, g, -1)
                     keep = keep[swap(unaries, distance[p][keep[:, None], keep], down, across).ravel()]
-                first[p, o], second[p, o] = images_of[p, keep].T
-            counts[:, o] = _count(first[:, o], second[:, o], n)
+                chosen[row] = keep
+            sources[active, o] = images_of[active[:, None], chosen]
+            counts[:, o] = _count(sources[:, o], n)
             total += counts[:, o]
 
         if set_resolve and index == iterations - 2:
             extra = np.stack([_resolve(x) for x in counts])
-        mask = _dense(first.reshape(parts, n, g, g), second.reshape(parts, n, g, g), n)
+        halves = sources.reshape(parts, n, g, g, 2)
+        mask = _dense(halves[..., 0], halves[..., 1], n)
         value = _objective(cost, mask, counts, beta, gamma)
         done |= np.abs(before - value) < 1e-6 * np.abs(before)
         before = value
         if done.all():
             break
-    return first, second
+    return sources[..., 0], sources[..., 1]
 
 
-def _count(first: NDArray[np.int64], second: NDArray[np.int64], n: int) -> NDArray[np.float32]:
-    """Cells [P, n] that each image has in an output with sources [P, G], half cells counting ½."""
-    parts = len(first)
-    index = np.concatenate((first, second), axis=1) + n * np.arange(parts)[:, None]
-    return (np.bincount(index.ravel(), minlength=parts * n).reshape(parts, n) / 2).astype(np.float32)
+def _count(sources: NDArray[np.int64], n: int) -> NDArray[np.float32]:
+    """Cells [.., n] that each image has in outputs with sources [.., G, 2], half cells counting ½."""
+    shape = (*sources.shape[:-2], n)
+    rows = math.prod(shape[:-1])
+    index = sources.reshape(rows, -1) + n * np.arange(rows)[:, None]
+    return (np.bincount(index.ravel(), minlength=rows * n).reshape(shape) / 2).astype(np.float32)
 
 
 def _soft_pairs(counts: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Images of the soft labels of an output with ``counts`` [P, n]: [P, 3, 2], and how many of them exist [P, 1]."""
-    parts, n = counts.shape
-    used = (counts > 0).sum(axis=1)
+    """Images of the soft labels of outputs with ``counts`` [.., n]: [.., 3, 2], and how many of them exist [.., 1]."""
+    n = counts.shape[-1]
+    used = (counts > 0).sum(axis=-1)
     # the largest three; on ties what torch.topk picks is part of the reference
     largest = torch.topk(torch.from_numpy(counts), min(3, n)).indices.numpy()
-    top = np.full((parts, 3), n)
-    top[:, : largest.shape[1]] = largest
+    top = np.full((*used.shape, 3), n)
+    top[..., : largest.shape[-1]] = largest
     top[used < 3, 2] = n
-    top.sort(axis=1)
-    pairs = np.minimum(top, n - 1)[:, [[0, 1], [0, 2], [1, 2]]]
+    top.sort(axis=-1)
+    pairs = np.minimum(top, n - 1)[..., [[0, 1], [0, 2], [1, 2]]]
     return pairs, np.array([0, 0, 1, 3])[np.minimum(used, 3), None]
 
 
@@ -347,9 +355,14 @@ def _reachable(wins: list[int], loses: list[int]) -> NDArray[np.int64]:
             all edges there: then the swap of a and b gives all their cells to a.
         loses: the same transposed.
 
-    Follows the pairs in the solver's order with the set of labels that may be in use.
+    Follows the pairs in the solver's order with the set of labels that may be in use. A label that wins against every
+    other has all cells in the end: once it meets the label where the swap starts, only labels above it are in use
+    beside it, until it meets these.
     """
     count = len(wins)
+    for label, others in enumerate(wins):
+        if others == (1 << count) - 1 ^ 1 << label:
+            return np.array([label])
     ever = possible = 1
     starts = set()
     while possible not in starts:
@@ -377,10 +390,8 @@ def _reachable(wins: list[int], loses: list[int]) -> NDArray[np.int64]:
 
 def _bits(rows: NDArray[np.bool_]) -> list[list[int]]:
     """Rows of booleans [P, L, L] to integers, the first column being the lowest bit."""
-    packed = np.packbits(rows, axis=2, bitorder="little")
-    data, width, count = packed.tobytes(), packed.shape[2], rows.shape[1]
-    flat = [int.from_bytes(data[i : i + width], "little") for i in range(0, len(data), width)]
-    return [flat[i : i + count] for i in range(0, len(flat), count)]
+    count = rows.shape[1]
+    return (rows @ np.array([1 << bit for bit in range(count)], np.int64 if count < 64 else object)).tolist()
 
 
 def _resolve(counts: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -6,8 +6,10 @@ labels: gco-wrapper where it is installed, else OR-Tools' maximum flow. All ener
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import cache, lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -116,15 +118,14 @@ def swap_gco(unary: NDArray, distance: NDArray, vertical: NDArray, horizontal: N
     # gco keeps pointers to these
     data, smooth = np.ascontiguousarray(unary, np.intc), np.ascontiguousarray(distance, np.intc)
     weight = np.concatenate((vertical.ravel(), horizontal.ravel())).astype(np.intc)
-    result, handle, energy = np.empty(cells, np.intc), np.empty(1, np.intc), np.empty(1, np.longlong)
-    gco.gcoCreateGeneralGraph(cells, labels, handle)
-    graph = int(handle[0])
-    gco.gcoSetDataCost(graph, data)
-    gco.gcoSetAllNeighbors(graph, tail, head, weight, tail.size)
-    gco.gcoSetSmoothCost(graph, smooth)
-    gco.gcoSwap(graph, -1, energy)
-    gco.gcoGetLabels(graph, result)
-    gco.gcoDestroyGraph(graph)
+    result, handle, energy = np.empty(cells, np.intc), ctypes.c_int(), ctypes.c_longlong()
+    gco.CreateGeneralGraph(cells, labels, ctypes.byref(handle))
+    gco.SetDataCost(handle, data.ctypes.data)
+    gco.SetAllNeighbors(handle, tail.ctypes.data, head.ctypes.data, weight.ctypes.data, tail.size)
+    gco.SetSmoothCost(handle, smooth.ctypes.data)
+    gco.Swap(handle, -1, ctypes.byref(energy))
+    gco.GetLabels(handle, result.ctypes.data)
+    gco.DestroyGraph(handle)
     return result.astype(np.int64).reshape(shape)
 
 
@@ -245,12 +246,25 @@ def _integers(array: ArrayLike) -> NDArray[np.int64]:
 
 @cache
 def _gco() -> Any:
-    """gco-wrapper's library, or None. A broken build counts as none: it fails in ways of its own on import."""
+    """gco-wrapper's C functions, or None. A broken build counts as none: it fails in ways of its own on import."""
     try:
         from gco.cgco import _cgco
     except Exception:
         return None
-    return _cgco
+    number, pointer = ctypes.c_int, ctypes.c_void_p
+    signatures = {
+        "CreateGeneralGraph": (number, number, pointer),
+        "SetDataCost": (number, pointer),
+        "SetAllNeighbors": (number, pointer, pointer, pointer, number),
+        "SetSmoothCost": (number, pointer),
+        "Swap": (number, number, pointer),
+        "GetLabels": (number, pointer),
+        "DestroyGraph": (number,),
+    }
+    # plain pointers: the wrapper's own checks of every array take as long as setting up a small grid
+    return SimpleNamespace(
+        **{name: ctypes.CFUNCTYPE(number, *types)((f"gco{name}", _cgco)) for name, types in signatures.items()}
+    )
 
 
 @cache

@@ -152,10 +152,10 @@ def test_labels_out_of_reach_change_nothing(seed: int, count: int, side: int, sp
 
 
 def test_labels_out_of_reach_are_found() -> None:
-    # 0 beats all: nothing else is ever used. 3 beats 0, 1 and 2: the others cannot be entered from it
-    for best, reachable in ((0, [0]), (3, [0, 3])):
-        beats = np.zeros((1, 4, 4), bool)
-        beats[0, best] = np.arange(4) != best
+    # 2 beats all: it has all cells in the end. 3 and 4 beat 0, 1 and 2: from 4 neither 1 nor 2 can be entered
+    for best, reachable in (([2], [2]), ([3, 4], [0, 3, 4])):
+        beats = np.zeros((1, 5, 5), bool)
+        beats[0, best] = ~np.isin(np.arange(5), best)
         wins, loses = comix._bits(beats)[0], comix._bits(beats.transpose(0, 2, 1))[0]
         assert comix._reachable(wins, loses).tolist() == reachable
     assert comix._reachable([0] * 70, [0] * 70).tolist() == list(range(70))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from mixup.base import bce_loss, one_hot
 from mixup.saliency import input_gradient, mean_magnitude, root_mean_square
 from models import ARCHITECTURES, build_model
 
-from .common import golden, load_fixed_weights, normalise
+from .common import ENVIRONMENT, ROOT, golden, load_fixed_weights, normalise
 
 ONE_OF_A_FAMILY = ["preactresnet18", "preactresnet50", "wrn28_2", "resnext29_4_24"]
 FILES = {name: golden(f"models_{name}.npz") for name in ("cifar", "cifar100", "tiny")}
@@ -188,3 +190,21 @@ def test_compiles_in_one_graph_and_once_for_every_mix(arch: str) -> None:
 def test_errors(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_model(**{"arch": "preactresnet18", "num_classes": 10, **settings})
+
+
+NARROW = """
+import torch
+from mixup.base import bce_loss, one_hot
+from models import build_model
+from utils.runtime import prepare
+for fast in (False, True):
+    for side in (32, 48, 32, 48):
+        model = prepare(build_model("preactresnet18", 3, 1, 4), torch.device("cpu"), fast)
+        for _ in range(3):
+            bce_loss(model(torch.randn(3, 3, side, side)), one_hot(torch.zeros(3, dtype=torch.long), 3)).backward()
+"""
+
+
+def test_narrow_networks_do_not_crash_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", NARROW], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

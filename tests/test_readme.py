@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import cache
 
+import numpy as np
 import pytest
 import torch
 
+import main
+from load_data import Data, Split, train_batches
+from mixup import METHODS
 from tests.common import ROOT
 from utils import options
+from utils.distributed import World
+from utils.runtime import StopSignal
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for line in README.splitlines() if line.startswith("python3 main.py") and "…" not in line]
@@ -23,10 +30,40 @@ def test_commands_are_understood(command: str) -> None:
     assert args.epochs > 0
 
 
+BASELINES = [command for command in COMMANDS if "[baseline_method]" in command]
+FILLED = [
+    command.replace("[arch]", arch).replace("[baseline_method]", method)
+    for command in BASELINES
+    for arch in ("preactresnet18", "resnext29_4_24", "wrn16_8")
+    for method in METHODS
+]
+build_once = cache(main.build_model)
+
+
+@pytest.mark.parametrize("command", FILLED, ids=lambda command: " ".join(command.split()[3:4] + command.split()[-1:]))
+def test_baselines_start(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As typed, but for the images: method, network and optimiser are made, and two quarter images are trained on."""
+    args, typed = options.parse(shlex.split(command)[2:])
+    classes = [str(k) for k in range(int(args.dataset.removeprefix("cifar")))]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (args.batch_size, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    split = Split(images, torch.arange(len(images)) % len(classes))
+    data = Data(args.dataset, "random", classes, (0.5,) * 3, (0.25,) * 3, split, split, None, flip=True)  # type: ignore[arg-type]
+    monkeypatch.setattr(main, "load_images", lambda args, typed: data)
+    monkeypatch.setattr(main, "build_model", build_once)
+    run = main.prepare_run(args, typed, {}, None, torch.device("cpu"), StopSignal.__new__(StopSignal), World())
+    batch, labels = next(train_batches(data, batch_size=args.batch_size, seed=args.seed, epoch=0, device="cpu"))
+    draws = run.method.draw(np.random.default_rng(0), 2, 16, 16)
+    step = run.method.step(run.model, batch[:2], labels[:2], draws)
+    step.loss.backward()
+    assert step.loss.isfinite()
+    assert step.logits.shape == (2, len(classes))
+
+
 def test_the_papers_commands_are_there() -> None:
     sage = [command for command in COMMANDS if "--method sage --blur_sigma 1.0 --seed 1 --kernel_size 5" in command]
     assert len(sage) == 4
-    assert sum("[baseline_method]" in command for command in COMMANDS) == 2
+    assert len(BASELINES) == 2
 
 
 def test_your_own_loop() -> None:
@@ -43,3 +80,13 @@ def test_your_own_loop() -> None:
 @pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"bash (scripts/\S+\.sh)", README))
 def test_files_that_are_named_exist(path: str) -> None:
     assert (ROOT / path).exists()
+
+
+def test_messages_of_the_troubleshooting_table_are_those_of_the_program() -> None:
+    table = README.split("## Troubleshooting")[1].split("\n## ")[0]
+    messages = re.findall(r"^\| `(.*?)` \|", table, flags=re.MULTILINE)
+    files = [ROOT / "main.py", ROOT / "load_data.py", *ROOT.glob("utils/*.py"), *ROOT.glob("mixup/*.py")]
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # a string over several lines
+    assert len(messages) > 8
+    assert [part for message in messages for part in message.split(" … ") if part not in source] == []
