@@ -44,6 +44,7 @@ class Method:
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]  # in tables and pictures
     recordable: ClassVar[bool] = False  # draws steer ``step`` as tensors alone, so that it can be a CUDA graph
     num_classes: int
 

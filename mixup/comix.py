@@ -441,6 +441,7 @@ class CoMixup(PartialMixing):
     """
 
     name = "comix"
+    title = "Co-Mixup"
     clean_lam: float = 0.0
     m_block_num: int = 4
     m_part: int = 20

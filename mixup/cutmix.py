@@ -71,6 +71,7 @@ class CutMix(PartialMixing):
     """CutMix as a training method, applied to every batch; settings as in ``PartialMixing``."""
 
     name = "cutmix"
+    title = "CutMix"
 
     @classmethod
     def presets(cls, dataset: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class InputMixup(PartialMixing):
     """Mixup of the input as a training method; settings as in ``PartialMixing``."""
 
     name = "input"
+    title = "Mixup"
     recordable = True
 
     @classmethod

@@ -22,6 +22,7 @@ class ManifoldMixup(PartialMixing):
     ``forward(x, mix_at, mix)``."""
 
     name = "manifold"
+    title = "Manifold Mixup"
 
     @classmethod
     def presets(cls, dataset: str) -> dict[str, Any]:

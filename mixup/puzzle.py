@@ -370,6 +370,7 @@ class PuzzleMix(PartialMixing):
     """
 
     name = "puzzle"
+    title = "Puzzle Mix"
     n_labels: int = 3
     beta: float = 1.2
     gamma: float = 0.5

@@ -252,6 +252,7 @@ class Sage(Method):
     """
 
     name = "sage"
+    title = "SAGE"
     recordable = True
     mixup_alpha: float | None = None
     blur_sigma: float = 1.0

@@ -65,6 +65,7 @@ class SaliencyMix(Method):
     """
 
     name = "saliencymix"
+    title = "SaliencyMix"
     mean: Sequence[float] = field(kw_only=True)
     std: Sequence[float] = field(kw_only=True)
 

@@ -17,6 +17,7 @@ class Vanilla(Method):
     """Plain training on the images as they are."""
 
     name = "vanilla"
+    title = "Vanilla"
     recordable = True
 
     def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> SimpleNamespace:

@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import load_data
 import main as program
+from mixup import METHODS
 from mixup.base import bce_loss, one_hot
 from mixup.comix import assign, co_mix, compatibility
 from mixup.cutmix import cut_box, paste_box
@@ -63,16 +64,6 @@ SIDE = 32  # images are cropped to multiples of it
 PUZZLE_BLOCKS = 8  # the finest of Puzzle Mix's block counts whose blocks neighbouring pixels of 4×4 divide at 224×224
 CELLS = 4  # Co-Mixup's default
 TILE = 224  # smaller images are enlarged to about this many pixels in the picture
-LABELS = {
-    "vanilla": "Vanilla",
-    "input": "Mixup",
-    "manifold": "Manifold Mixup",
-    "cutmix": "CutMix",
-    "saliencymix": "SaliencyMix",
-    "puzzle": "Puzzle Mix",
-    "comix": "Co-Mixup",
-    "sage": "SAGE",
-}
 SWAP = torch.tensor([1, 0])
 
 
@@ -368,7 +359,7 @@ def strips(sources: Sources, maps: Maps, network: nn.Module | None, lam: float, 
 def row(sources: Sources, origin: str, results: dict[str, Mixed]) -> Figure:
     """The sources at the left, then every method's image over its target."""
     tiles = [Tile(name, image) for name, image in zip(sources.names, sources.pixels, strict=True)]
-    made = [Tile(LABELS[name], mixed.image, target(sources, mixed)) for name, mixed in results.items()]
+    made = [Tile(METHODS[name].title, mixed.image, target(sources, mixed)) for name, mixed in results.items()]
     return draw(tiles, made, max(1, round(TILE / min(sources.pixels.shape[2:]))), origin)
 
 

@@ -1,0 +1,163 @@
+"""What searching more offsets buys SAGE: the score that is kept, how labels are mixed, and the accuracy of runs.
+
+    python3 scripts/study_offsets.py --checkpoint RUNS/…/checkpoint.pth.tar --data_dir DATA --runs RUNS --plot P.png
+
+Pairs are test images under the checkpoint's network, saliency and λ as in a training step, but a λ for each pair. They
+are searched among 1 %, 10 % and all of the offsets; a score is what both maps, laid over each other, keep of their
+mass, here as a share of the best there is. Accuracies are the finished SAGE runs below --runs (folders, or tables of
+scripts/summarize.py) whose settings differ in --rand_pos and seed alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import main as program
+from load_data import test_batches
+from mixup import build_method
+from mixup.base import bce_loss, one_hot
+from mixup.sage import best_offsets, blend, exact_scores, gaussian_blur
+from mixup.saliency import input_gradient, mean_magnitude, ones_where_zero
+from utils import options, results
+from utils.files import BadArguments, atomic_write
+from utils.options import Parser, number
+from utils.runtime import exit_code, pick_device, set_precision
+
+SHARES = (0.01, 0.1, 1.0)
+COLOURS = dict(zip(SHARES, ("#999999", "#56b4e9", "#d55e00"), strict=True))
+BATCH = 100
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Study, print and draw; returns the exit code."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="of a SAGE run, or of any other")
+    add("--data_dir", required=True, help="as main.py takes it")
+    add("--runs", nargs="*", type=Path, default=[], help="where finished runs are")
+    add("--plot", type=Path, required=True, help="PNG to write")
+    add("--pairs", type=number(int, low=BATCH), default=1000, help="how many pairs (default: %(default)s)")
+    add("--ngpu", type=number(int, low=0), default=1, help="0: on the CPU")
+    args = parser.parse_args(argv)
+    return exit_code(parser, lambda: study(args))
+
+
+def study(args: argparse.Namespace) -> int:
+    if not args.plot.absolute().parent.is_dir():
+        raise BadArguments(f"there is no folder {args.plot.parent} for {args.plot}")
+    kept, shares, milliseconds = search_pairs(args)
+    accuracy = accuracies(args.runs)
+    print(f"\n{len(kept[1.0])} pairs; score as a share of the best; share of the label that is image a's")
+    print("| offsets | ms a batch of 100 | score, mean | 5 % of pairs below | label, mean | 5 % – 95 % | accuracy, % |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for share in SHARES:
+        low, high = np.quantile(shares[share], [0.05, 0.95])
+        of_runs, worst = ", ".join(f"{value:.2f}" for value in accuracy[share]), np.quantile(kept[share], 0.05)
+        print(
+            f"| {share:.0%} | {milliseconds[share]:.1f} | {kept[share].mean():.4f} | {worst:.4f} "
+            f"| {shares[share].mean():.3f} | {low:.2f} – {high:.2f} | {of_runs or '–'} |"
+        )
+    draw(args.plot, kept, shares, accuracy)
+    print(f"\n{args.plot}")
+    return 0
+
+
+def search_pairs(args: argparse.Namespace) -> tuple[dict[float, Any], dict[float, Any], dict[float, float]]:
+    """For each share of the offsets: scores over the best ones, ratios of the labels, and ms a batch."""
+    device, _ = pick_device(args.ngpu)
+    set_precision(False)
+    command = ["--evaluate", "--resume", args.checkpoint, "--data_dir", args.data_dir, "--ngpu", str(args.ngpu)]
+    settings, typed = options.parse(command)
+    model, data = program.open_checkpoint(settings, typed, device)
+    model.train()  # as SAGE's saliency pass has it
+    of_method = {**options.method_settings(settings), "rand_pos": 1.0} if settings.method == "sage" else {}
+    kept, shares, times = defaultdict(list), defaultdict(list), defaultdict(list)
+    for number_of_batch, (images, labels) in enumerate(test_batches(data.test, data, batch_size=BATCH, device=device)):
+        if number_of_batch * BATCH >= args.pairs:
+            break
+        rows = one_hot(labels, len(data.classes))
+        gradient, _ = input_gradient(model, images, lambda logits, rows=rows: bce_loss(logits, rows))  # type: ignore[misc]
+        saliency = ones_where_zero(gaussian_blur(mean_magnitude(gradient), 5, 1.0))
+        unit = saliency / saliency.sum(dim=(1, 2), keepdim=True)
+        best = None
+        lam = lam_of_each(number_of_batch, of_method, device)
+        for share in reversed(SHARES):
+            method = build_method("sage", settings.dataset, len(data.classes), **{**of_method, "rand_pos": share})
+            rng = np.random.default_rng(number_of_batch)
+            draws = method.draw(rng, BATCH, *images.shape[2:])
+            partner = torch.from_numpy(draws.permutation).to(device)
+            a, b = lam * unit, (1 - lam) * unit[partner]
+            started = time.perf_counter()
+            offsets = best_offsets(a, b, draws.candidates)
+            times[share].append(1000 * (time.perf_counter() - started))
+            score = exact_scores(a, b, offsets[:, None])[:, 0]
+            best = score if best is None else best
+            kept[share].append((score / best).cpu().numpy())
+            shares[share].append(blend(images, images[partner], a, b, offsets)[1].cpu().numpy())
+    return (
+        {share: np.concatenate(values) for share, values in kept.items()},
+        {share: np.concatenate(values) for share, values in shares.items()},
+        {share: float(np.median(values)) for share, values in times.items()},
+    )
+
+
+def lam_of_each(number_of_batch: int, of_method: dict[str, Any], device: torch.device) -> torch.Tensor:
+    """λ of each pair, [BATCH, 1, 1]; a training step draws one for the whole batch."""
+    method = build_method("sage", "cifar10", 2, **of_method)
+    values = [method.draw(np.random.default_rng((number_of_batch, i)), 1, 32, 32).lam for i in range(BATCH)]
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+
+
+def accuracies(roots: Sequence[Path]) -> dict[float, list[float]]:
+    """Final accuracies of the finished SAGE runs, a list for each share of the offsets."""
+    found: dict[float, list[float]] = {share: [] for share in SHARES}
+    for row in results.read_roots(roots) if roots else []:
+        share = re.search(r"rand_pos=(\S+)", row["settings"])
+        if row["method"] == "sage" and row["state"] == "finished" and share and float(share[1]) in found:
+            found[float(share[1])].append(float(row["final"]))
+    return found
+
+
+def draw(path: Path, kept: dict[float, Any], shares: dict[float, Any], accuracy: dict[float, list[float]]) -> None:
+    """Three panels: score, share of the label, accuracy."""
+    figure = Figure(figsize=(10, 3), layout="constrained", dpi=130)
+    score, label, runs = figure.subplots(1, 3)
+    for share in SHARES:
+        style: dict[str, Any] = {"color": COLOURS[share], "label": f"{share:.0%} of the offsets", "linewidth": 1.8}
+        if share < 1:
+            values = np.sort(kept[share])
+            score.plot(values, np.arange(1, len(values) + 1) / len(values), **style)
+        label.hist(shares[share], bins=np.linspace(0, 1, 26), histtype="step", density=True, **style)
+        points = accuracy[share]
+        place = SHARES.index(share)
+        runs.plot([place] * len(points), points, "o", color=COLOURS[share], alpha=0.8)
+        if points:
+            runs.plot([place - 0.2, place + 0.2], [np.mean(points)] * 2, color=COLOURS[share], linewidth=2)
+    score.axvline(1, color=COLOURS[1.0], linewidth=1.8)
+    score.set(xlabel="score kept, as a share of the best", ylabel="share of the pairs", ylim=(0, 1))
+    label.set(xlabel="share of the label that is image a's", ylabel="density", xlim=(0, 1))
+    label.legend(frameon=False, fontsize=8)
+    runs.set_xticks(range(len(SHARES)), [f"{share:.0%}" for share in SHARES])
+    runs.set(xlabel="offsets searched", ylabel="test accuracy, %", xlim=(-0.6, len(SHARES) - 0.4))
+    for axes in (score, label, runs):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,415 @@
+"""From run folders to a paper's tables and pictures.
+
+    python3 scripts/summarize.py RUNS                        # tables, pictures and runs.csv into the folder summary
+    python3 scripts/summarize.py RUNS MORE_RUNS --out paper
+    python3 scripts/summarize.py paper/runs.csv --out paper  # the same from the table of runs: all it needs is in there
+    python3 scripts/summarize.py --refresh RESULTS.md        # tables inside a text, from the tables of runs it names
+
+A ROOT is a run's folder, a folder of such folders at any depth, or a runs.csv. Written are
+
+    summary.md, summary.tex (booktabs)   tables: final and best accuracy, cost, settings, what is not counted
+    summary.csv                          the same numbers, a row for each data set, architecture and method
+    runs.csv                             a row for each run: settings, command, measurements, test accuracy by epoch
+    curves.png/.pdf, cost.png/.pdf       accuracy against the epoch, with a band over seeds, and against the cost
+
+Runs are averaged if they differ in nothing but the seed. Data set, architecture and what else trains the network make
+columns; the method, its settings and --add_name make rows. Two runs of one seed count once, the one that began first;
+the other is listed, as are runs that are not finished and damaged folders; what --overwrite set aside is skipped.
+Deviations are of the sample (n − 1).
+Seconds an epoch and images/s are medians over a run's epochs.
+
+--refresh replaces what stands between a line <!-- summarize PATH.csv SECTION… --> and a line <!-- /summarize -->. PATH
+is relative to the text and may have wildcards; sections are final, best, details, settings, open; without
+any, all stand there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import re
+import statistics
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mixup import METHODS
+from utils.files import BadArguments, UserError, atomic_write
+from utils.options import Parser
+from utils.results import (
+    FLAGS,
+    ROW,
+    TRAINING,
+    Group,
+    Row,
+    grouped,
+    key_of,
+    read_roots,
+    relative_cost,
+    text_of,
+    words,
+    write_table,
+)
+from utils.runtime import exit_code
+
+LOOKS = {  # colour (after Okabe and Ito, told apart by colour-blind readers) and marker
+    "vanilla": ("#000000", "o"),
+    "input": ("#E69F00", "s"),
+    "manifold": ("#56B4E9", "^"),
+    "cutmix": ("#009E73", "D"),
+    "saliencymix": ("#8C6D1F", "v"),
+    "puzzle": ("#0072B2", "P"),
+    "comix": ("#CC79A7", "X"),
+    "sage": ("#D55E00", "*"),
+}
+COSTS = {"seconds_per_epoch": "s/epoch", "images_per_second": "images/s", "hours": "hours", "peak_memory_gb": "GB"}
+ROBUSTNESS = {
+    "clean_top1": "clean",
+    "corruption_error": "mCE",
+    "fgsm4_top1": "FGSM 4",
+    "fgsm8_top1": "FGSM 8",
+    "ece": "ECE",
+}
+SECTIONS = ["final", "best", "details", "settings", "open"]
+MARKED = re.compile(r"^(<!-- summarize ([^\n]+) -->\n)(.*?)^(<!-- /summarize -->)$", re.DOTALL | re.MULTILINE)
+SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+SPECIAL |= {sign: "\\" + sign for sign in "{}_&%$#"} | {"×": r"$\times$", "–": "--", "“": "``", "”": "''"}
+SPECIAL |= {"<": "$<$", ">": "$>$", "|": "$|$"}
+
+
+class Table(NamedTuple):
+    """A caption, the header, the cells of each row, and which of them (row, column) are bold."""
+
+    caption: str
+    header: list[str]
+    rows: list[list[str]]
+    bold: Iterable[tuple[int, int]] = ()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Summarise; returns the exit code: 0, 1 for a failure, 2 for bad arguments."""
+    parser = Parser(description=__doc__, prog="summarize.py", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("roots", nargs="*", type=Path, metavar="ROOT", help="run folders, their folder, or a runs.csv")
+    parser.add_argument("--out", type=Path, default=Path("summary"), help="folder to write into (default: %(default)s)")
+    parser.add_argument("--refresh", nargs="+", type=Path, default=[], metavar="FILE", help="Markdown with markers")
+    args = parser.parse_args(argv)
+    return exit_code(parser, lambda: work(args))
+
+
+def work(args: argparse.Namespace) -> int:
+    """What the arguments ask for."""
+    if not args.roots and not args.refresh:
+        raise BadArguments("name a folder of runs, a runs.csv, or a text to --refresh")
+    if args.roots:
+        write_summary(read_roots(args.roots), args.out)
+    for path in args.refresh:
+        write_text(path, refreshed(path))
+        print(path)
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def sections(rows: Sequence[Row]) -> dict[str, list[Table | str]]:
+    """The tables, and the sentences that go with them."""
+    groups, repeated = grouped(rows)
+    of_seeds = "mean ± standard deviation over seeds"
+    columns = list(dict.fromkeys(group.column for group in groups))
+    content: dict[str, list[Table | str]] = {
+        "final": [
+            wide(groups, "final", f"Test accuracy in %, median of the last ten epochs: {of_seeds} (their number)")
+        ],
+        "best": [wide(groups, "best", f"Test accuracy in %, best epoch: {of_seeds} (their number)")],
+        "details": [
+            details([group for group in groups if group.column == column], f"{column}: {of_seeds}")
+            for column in columns
+        ],
+        "settings": [*described(groups)],
+        "open": [],
+    }
+    left_out = [[row["run"], f"seed {row['seed']} is counted already", f"final {row['final']} %"] for row in repeated]
+    for row in rows:
+        if row["state"] != "finished":
+            far = [f"{row['epochs_done']} of {row['epochs']} epochs"] * bool(row["epochs"])
+            far += [f"best {row['best']} %"] * bool(row["best"]) + [row["note"]] * bool(row["note"])
+            left_out.append([row["run"], row["state"], "; ".join(far)])
+    if left_out:
+        content["open"].append(Table("Runs that are not counted", ["run", "why", "how far it came"], left_out))
+    return content
+
+
+def in_words(numbers: Sequence[float], digits: int = 2, count: bool = False) -> str:
+    """Mean ± standard deviation (number of values); a dash for none."""
+    if not numbers or math.isnan(numbers[0]):
+        return "–"
+    deviation = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):.{digits}f}{deviation}" + f" ({len(numbers)})" * count
+
+
+def wide(groups: Sequence[Group], name: str, caption: str) -> Table:
+    """Rows methods, columns data sets and architectures."""
+    columns = list(dict.fromkeys(group.column for group in groups))
+    labels = {group.label: list(METHODS).index(group.runs[0]["method"]) for group in groups}
+    cells = {(group.label, group.column): group.values(name) for group in groups}
+    ordered = sorted(labels, key=lambda label: labels[label])
+    rows = [[label, *(in_words(cells.get((label, of), []), count=True) for of in columns)] for label in ordered]
+    bold = {(ordered.index(label), 1 + columns.index(of)): numbers for (label, of), numbers in cells.items()}
+    return Table(caption, ["method", *columns], rows, set(highest(bold)))
+
+
+def highest(cells: dict[tuple[int, int], list[float]]) -> Iterator[tuple[int, int]]:
+    """The cell with the highest mean in every column that has more than one."""
+    for column in {place[1] for place in cells}:
+        means = {place: statistics.mean(numbers) for place, numbers in cells.items() if place[1] == column}
+        if len(means) > 1:
+            yield max(means, key=lambda place: means[place])
+
+
+def details(groups: Sequence[Group], caption: str) -> Table:
+    """Everything that was measured in one column, a row a method."""
+    robust = {name: title for name, title in ROBUSTNESS.items() if any(group.values(name) for group in groups)}
+    kinds = sorted({row["corruptions"] for group in groups for row in group.runs if row["corruptions"]})
+    rows = []
+    for group in groups:
+        costs = [in_words(group.values(name), digits) for name, digits in zip(COSTS, (1, 0, 2, 1), strict=True)]
+        alike = len({row["corruptions"] for row in group.runs if row["corruptions"]}) < 2  # or else no mean makes sense
+        found = [group.values(name) if alike else [] for name in robust]
+        extra = [in_words(numbers, count=len(numbers) < len(group.runs)) for numbers in found]
+        accuracy = [in_words(group.values(name)) for name in ("final", "best")]
+        relative = in_words([relative_cost(group, groups)])
+        rows.append([group.label, str(len(group.runs)), *accuracy, costs[0], relative, *costs[1:], *extra])
+    costs = list(COSTS.values())
+    header = ["method", "seeds", "final", "best", costs[0], "× vanilla", *costs[1:], *robust.values()]
+    bold = {(i, 2 + j): g.values(name) for i, g in enumerate(groups) for j, name in enumerate(("final", "best"))}
+    caption += f"; corruptions: {', '.join(kinds)}" if kinds else ""
+    return Table(caption, header, rows, set(highest(bold)))
+
+
+def described(groups: Sequence[Group]) -> Iterator[str]:
+    """Settings other than the defaults, and what the runs were made with."""
+    told: dict[str, dict[str, list[str]]] = {}  # who → settings → columns
+    for group in groups:
+        row = group.runs[0]
+        training = [f"{n} {row[n]}" for n in TRAINING if row[n] != text_of(FLAGS[n]) or n == "epochs"]
+        told.setdefault("All", {}).setdefault(", ".join(training), []).append(group.column)
+        told.setdefault(group.label, {}).setdefault(", ".join(words(key_of(row, ROW))), []).append(group.column)
+    for who, settings in told.items():
+        for text, columns in settings.items():
+            where = f" ({'; '.join(dict.fromkeys(columns))})" if len(settings) > 1 else ""
+            if text:
+                yield f"{who}{where}: {text}."
+    rows = [row for group in groups for row in group.runs]
+    used = {name: sorted({row[name] for row in rows if row[name]}) for name in ("device", "torch", "commit", "date")}
+    if rows:
+        dates = " to ".join(dict.fromkeys(date[:10] for date in (used["date"][0], used["date"][-1])))
+        with_commit = f"; commit {', '.join(commit[:10] for commit in used['commit'])}" if used["commit"] else ""
+        made = f"{len(rows)} runs on {'; '.join(used['device'])}; PyTorch {', '.join(used['torch'])}"
+        yield f"{made}; {dates}{with_commit}."
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_summary(rows: list[Row], out: Path) -> None:
+    """Every file, into ``out``."""
+    out.mkdir(parents=True, exist_ok=True)
+    content = sections(rows)
+    text = markdown(content, SECTIONS)
+    write_text(out / "summary.md", text)
+    write_text(out / "summary.tex", latex(content))
+    write_numbers(out / "summary.csv", grouped(rows)[0])
+    write_table(out / "runs.csv", rows)
+    if any(row["curve"] for row in rows):
+        draw_curves(rows, out / "curves")
+    if any(row["state"] == "finished" for row in rows):
+        draw_cost(rows, out / "cost")
+    print(text)
+    print(*sorted(path for path in out.iterdir() if path.stem in ("summary", "runs", "curves", "cost")), sep="\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_write(path, "w") as file:
+        file.write(text)
+
+
+def write_numbers(path: Path, groups: Sequence[Group]) -> None:
+    """The tables' numbers, a row a group."""
+    names = ["final", "best", *COSTS, *ROBUSTNESS]
+    with atomic_write(path, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        of_names = [f"{name}_{kind}" for name in names for kind in ("mean", "std")]
+        writer.writerow(["data", "method", "seeds", *of_names, "times_vanilla"])
+        for group in groups:
+            cells = [in_words(group.values(name), 4).replace("–", "").partition(" ± ")[::2] for name in names]
+            relative = in_words([relative_cost(group, groups)], 4).replace("–", "")
+            writer.writerow(
+                [group.column, group.label, len(group.runs), *(n for pair in cells for n in pair), relative]
+            )
+
+
+def refreshed(path: Path) -> str:
+    """The text of ``path`` with every marked part written anew."""
+    text = path.read_text(encoding="utf-8")
+    if text.count("<!-- summarize ") != len(MARKED.findall(text)) or not MARKED.search(text):
+        raise UserError(f"{path} needs lines <!-- summarize PATH.csv --> … <!-- /summarize -->, each closed")
+
+    def part(found: re.Match[str]) -> str:
+        words = found[2].split()
+        wanted = [word for word in words if word in SECTIONS]
+        roots = [sorted(path.parent.glob(word)) or [path.parent / word] for word in words if word not in SECTIONS]
+        content = sections(read_roots(root for named in roots for root in named))
+        return found[1] + "\n" + markdown(content, wanted or SECTIONS) + "\n" + found[4]
+
+    return MARKED.sub(part, text)
+
+
+def markdown(content: dict[str, list[Table | str]], wanted: Iterable[str]) -> str:
+    """The wanted sections; numbers at the right."""
+
+    def plain(text: str) -> str:
+        return re.sub(r"([\\`*<>|\[\]$])", r"\\\1", " ".join(text.split()))
+
+    blocks = []
+    for part in (part for name in wanted for part in content[name]):
+        if isinstance(part, str):
+            blocks.append(plain(part))
+            continue
+        side = " --- |" if part.header[0] == "run" else " ---: |"
+        lines = ["| " + " | ".join(map(plain, part.header)) + " |", "| --- |" + side * (len(part.header) - 1)]
+        for i, row in enumerate(part.rows):
+            cells = [f"**{plain(cell)}**" if (i, j) in part.bold else plain(cell) for j, cell in enumerate(row)]
+            lines.append("| " + " | ".join(cells) + " |")
+        blocks.append(f"{plain(part.caption)}.\n\n" + "\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def latex(content: dict[str, list[Table | str]]) -> str:
+    """The tables of accuracy and cost; the sentences as comments."""
+
+    def plain(text: str) -> str:
+        return "".join(SPECIAL.get(sign, sign) for sign in " ".join(text.split()))
+
+    blocks = ["% \\usepackage{booktabs}"]
+    for part in (part for name in SECTIONS if name != "open" for part in content[name]):
+        if isinstance(part, str):
+            blocks.append("% " + " ".join(part.split()))
+            continue
+        header = [rf"\shortstack{{{plain(cell)}}}".replace(", ", r" \\ ") for cell in part.header]
+        lines = [" & ".join(header)]
+        for i, row in enumerate(part.rows):
+            cells = [rf"\textbf{{{plain(cell)}}}" if (i, j) in part.bold else plain(cell) for j, cell in enumerate(row)]
+            lines.append(" & ".join(cells))
+        body = [rf"{line} \\" for line in lines]
+        kind = rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
+        frame = [r"\begin{table}", r"\centering", rf"\caption{{{plain(part.caption)}.}}", kind, r"\toprule", body[0]]
+        blocks.append("\n".join([*frame, r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}"]))
+    return "\n\n".join(blocks) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def draw_curves(rows: Sequence[Row], path: Path) -> None:
+    """Test accuracy against the epoch: mean ± deviation over seeds, the last quarter of the epochs enlarged; runs that
+    are not finished as thin lines."""
+    finished, unfinished = grouped(rows)[0], grouped(rows, "unfinished")[0]
+    figure, panels = make_panels([*finished, *unfinished], "epoch", "test accuracy [%]")
+    styles = variants([*finished, *unfinished])
+    insets: dict[str, Any] = {}
+    for group in [*finished, *unfinished]:
+        first = group.runs[0]
+        curves = [np.array(row["curve"].split(), float) for row in group.runs if row["curve"]]
+        done, panel = first["state"] == "finished", panels[group.column]
+        line: dict[str, Any] = {"color": LOOKS[first["method"]][0], "linewidth": 1.6 if done else 0.7}
+        line |= {"linestyle": ("-", "--", ":", "-.")[styles[group.label] % 4]}
+        seeds = f"{len(curves)} seed{'s' * (len(curves) > 1)}" if done else "unfinished"
+        for curve in [np.mean(curves, axis=0)] if done else curves:
+            epochs = int(first["start_epoch"]) + np.arange(len(curve))
+            marker = "." if len(curve) < 3 else None
+            panel.plot(epochs, curve, marker=marker, label=f"{group.label}, {seeds}", **line)
+            last = slice(-(len(curve) // 4), None)
+            if done and len(curve) >= 20:
+                if group.column not in insets:
+                    insets[group.column] = panel.inset_axes((0.5, 0.1, 0.48, 0.48))
+                    insets[group.column].tick_params(labelsize=8)
+                    insets[group.column].grid(alpha=0.25)
+                insets[group.column].plot(epochs[last], curve[last], **line)
+            if done and len(curves) > 1:
+                deviation = np.std(curves, axis=0, ddof=1)
+                band: dict[str, Any] = {"color": line["color"], "alpha": 0.18, "linewidth": 0}
+                panel.fill_between(epochs, curve - deviation, curve + deviation, **band)
+                if group.column in insets:
+                    low, high = (curve - deviation)[last], (curve + deviation)[last]
+                    insets[group.column].fill_between(epochs[last], low, high, **band)
+    save(figure, path)
+
+
+def draw_cost(rows: Sequence[Row], path: Path) -> None:
+    """Final accuracy against the seconds of an epoch, over vanilla's where all can be compared with it."""
+    groups, _ = grouped(rows)
+    relative = {id(group): relative_cost(group, groups) for group in groups}
+    against_vanilla = not any(map(math.isnan, relative.values()))
+    label = "time of an epoch, vanilla = 1" if against_vanilla else "time of an epoch [s]"
+    figure, panels = make_panels(groups, label, "final test accuracy [%] ± deviation over seeds")
+    styles = variants(groups)
+    for group in groups:
+        times, accuracies = group.values("seconds_per_epoch"), group.values("final")
+        cost = relative[id(group)] if against_vanilla else statistics.mean(times)
+        colour, marker = LOOKS[group.runs[0]["method"]]
+        panels[group.column].errorbar(
+            cost, statistics.mean(accuracies), yerr=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+            fmt=marker, color=colour, markersize=11 if marker == "*" else 7, capsize=3, label=group.label,
+            fillstyle=("full", "none", "left", "top")[styles[group.label] % 4],
+        )  # fmt: skip
+    save(figure, path)
+
+
+def variants(groups: Iterable[Group]) -> dict[str, int]:
+    """A number for each row's name: its place among those of its method."""
+    places: dict[str, dict[str, int]] = {}
+    for group in groups:
+        of_method = places.setdefault(group.runs[0]["method"], {})
+        of_method.setdefault(group.label, len(of_method))
+    return {label: place for of_method in places.values() for label, place in of_method.items()}
+
+
+def make_panels(groups: Iterable[Group], across: str, up: str) -> tuple[Figure, dict[str, Any]]:
+    """A picture with a panel for each column of the tables, at most three side by side."""
+    columns = list(dict.fromkeys(group.column for group in groups))
+    high, wide = math.ceil(len(columns) / 3), min(3, len(columns))
+    figure = Figure(figsize=(max(6.4, 4.2 * wide), 4.4 * high), layout="constrained")
+    panels = dict(zip(columns, figure.subplots(high, wide, squeeze=False).flat, strict=False))
+    for column, panel in panels.items():
+        panel.set_title(column.replace(", ", "\n"), fontsize=10, parse_math=False)
+        panel.set_xlabel(across)
+        panel.set_ylabel(up)
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(0.08)
+    for panel in figure.axes[len(columns) :]:
+        panel.set_visible(False)
+    return figure, panels
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As PNG and PDF, with a legend of each name once."""
+    named = {
+        label: line for panel in figure.axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(named.values(), named, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    for kind in ("png", "pdf"):
+        with atomic_write(path.with_suffix(f".{kind}")) as file:
+            undated = {"CreationDate": None} if kind == "pdf" else {}
+            figure.savefig(file, format=kind, dpi=150, metadata=undated)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

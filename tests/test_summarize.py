@@ -1,0 +1,286 @@
+"""scripts/summarize.py: tables, pictures and the table of runs, from folders as main.py leaves them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import summarize
+from tests.common import ROOT, SAGE, SMALL, main
+from utils import records
+from utils.results import grouped, read_roots, write_table
+
+SETTINGS = {
+    "dataset": "cifar10", "labels_per_class": 500, "arch": "preactresnet18", "initial_channels": 16, "epochs": 4,
+    "learning_rate": 0.2, "schedule": [2, 3], "start_epoch": 0, "add_name": "",
+}  # fmt: skip
+
+
+def make_run(
+    root: Path, method: str, seed: int, top1: float = 70.0, done: int = 4, seconds: float = 10, **settings: Any
+) -> Path:
+    """A run's folder, finished if it has all its epochs; its last test accuracies are ``top1``."""
+    folder = root / "_".join([method, f"seed{seed}", *(f"{k}{v}" for k, v in settings.items())])
+    folder.mkdir(parents=True)
+    config = {
+        "settings": {**SETTINGS, "method": method, "seed": seed, **settings}, "classes": ["cat", "dog"],
+        "command": f"python3 /home/me/main.py --data_dir '/home/me/my data' --method {method} --root_dir=/home/me/runs",
+        "device": "some cpu", "versions": {"torch": "2.9.0"}, "git_commit": "abcdef", "started": "2026-01-02 03:04:05",
+    }  # fmt: skip
+    records.write_json(folder / "config.json", config)
+    rows = [dict.fromkeys(records.COLUMNS, 1.0) for _ in range(done)]
+    for i, row in enumerate(rows):
+        row.update(epoch=i, test_top1=top1 if i else top1 - 20, seconds=seconds)  # type: ignore[arg-type]
+    if rows:
+        records.write_metrics(folder / "metrics.csv", rows)
+    if done == config["settings"]["epochs"]:  # type: ignore[index]
+        records.write_json(folder / "result.json", {"final_top1": records.final_accuracy(rows)[0]})
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Three seeds of vanilla, two settings of SAGE, an unfinished run."""
+    root = tmp_path / "runs"
+    for seed, top1 in ((1, 70.0), (2, 71.0), (10, 73.5)):
+        make_run(root, "vanilla", seed, top1)
+    make_run(root, "sage", 1, 74.0, seconds=15, rand_pos=0.01, upper_lambda=0.6)
+    make_run(root, "sage", 1, 75.0, seconds=25, rand_pos=1.0, upper_lambda=0.6)
+    make_run(root, "cutmix", 1, 60.0, done=2)
+    return root
+
+
+def write(root: Path, out: Path, *roots: Path) -> str:
+    assert summarize.main([*map(str, (root, *roots)), "--out", str(out)]) == 0
+    return (out / "summary.md").read_text(encoding="utf-8")
+
+
+def shown(*roots: Path) -> str:
+    """summary.md without the time that pictures take."""
+    return summarize.markdown(summarize.sections(read_roots(roots)), summarize.SECTIONS)
+
+
+def cells(text: str, label: str) -> list[list[str]]:
+    return [
+        [c.strip(" *") for c in line.split("|")[2:-1]] for line in text.splitlines() if line.startswith(f"| {label} |")
+    ]
+
+
+def test_means_and_deviations(runs: Path, tmp_path: Path) -> None:
+    text = write(runs, tmp_path / "out")
+    final, best, details = cells(text, "Vanilla")
+    finals = [70.0, 71.0, 73.5]
+    words = f"{statistics.mean(finals):.2f} ± {statistics.stdev(finals):.2f}"
+    assert words == "71.50 ± 1.80"
+    assert final == best == [f"{words} (3)"]
+    assert details == ["3", words, words, "10.0 ± 0.0", "1.00", "1 ± 0", "0.01 ± 0.00", "1.0 ± 0.0"]
+    # settings that differ are rows of their own, named by what differs; one run has no deviation
+    assert cells(text, "SAGE (rand_pos 0.01)")[0] == ["74.00 (1)"]
+    assert cells(text, "SAGE (rand_pos 1.0)")[0] == ["75.00 (1)"]
+    assert cells(text, "SAGE (rand_pos 1.0)")[2][4] == "2.50"
+    assert "SAGE (rand_pos 1.0): rand_pos 1.0, upper_lambda 0.6." in text
+    assert "All: labels_per_class 500, initial_channels 16, epochs 4, learning_rate 0.2, schedule 2 3." in text
+    assert not cells(text, "CutMix")
+    assert cells(text, "cutmix_seed1") == [["unfinished", "2 of 4 epochs; best 60 %"]]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("summary.md", "summary.tex", "summary.csv", "runs.csv", "curves.png", "curves.pdf", "cost.png", "cost.pdf")
+    }
+
+
+def test_the_table_of_runs_says_what_the_folders_say(runs: Path, tmp_path: Path) -> None:
+    write(runs, tmp_path / "one")
+    write(tmp_path / "one" / "runs.csv", tmp_path / "two", runs)  # the same runs twice are the same runs
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+    with open(tmp_path / "one" / "runs.csv", newline="") as file:
+        row = next(csv.DictReader(file))
+    assert row["command"] == "python3 main.py --data_dir [data_dir] --method vanilla --root_dir=[root_dir]"
+    assert "/home" not in (tmp_path / "one" / "runs.csv").read_text()
+
+
+def test_runs_that_differ_in_training_are_columns(tmp_path: Path) -> None:
+    for name, values in {"epochs": (4, 2), "labels_per_class": (500, 50), "initial_channels": (16, 64)}.items():
+        for value in values:
+            make_run(
+                tmp_path / name,
+                "vanilla",
+                1,
+                70.0 + value / 100,
+                done=value if name == "epochs" else 4,
+                **{name: value},
+            )
+        groups, _ = grouped(read_roots([tmp_path / name]))
+        assert [(group.column, len(group.runs)) for group in groups] == [
+            (f"cifar10 × preactresnet18, {name} {value}", 1) for value in sorted(values)
+        ]
+    # a setting of the method that goes with the architecture is one row
+    make_run(tmp_path / "paper", "sage", 1, 70.0, arch="wrn16_8", upper_lambda=0.7)
+    make_run(tmp_path / "paper", "sage", 2, 71.0, upper_lambda=0.5)
+    text = shown(tmp_path / "paper")
+    assert cells(text, "SAGE")[0] == ["71.00 (1)", "70.00 (1)"]
+    assert "SAGE (cifar10 × wrn16_8): upper_lambda 0.7." in text
+
+
+def test_a_seed_counts_once(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", "vanilla", 1, 70.0)
+    make_run(tmp_path / "b", "vanilla", 1, 80.0)
+    make_run(tmp_path / "b", "vanilla", 2, 71.0)
+    (tmp_path / "b" / "vanilla_seed1").rename(tmp_path / "b" / "vanilla_seed1_later")
+    make_run(tmp_path / "a", "vanilla", 1, 90.0, add_name="again")
+    make_run(tmp_path / "old", "vanilla", 3, 10.0).rename(tmp_path / "a" / "vanilla_seed3.old-20260102-030405")
+    text = shown(tmp_path / "a", tmp_path / "b")
+    assert cells(text, "Vanilla")[0] == ["70.50 ± 0.71 (2)"]
+    assert cells(text, "vanilla_seed1_later") == [["seed 1 is counted already", "final 80 %"]]
+    assert cells(text, "Vanilla (“again”)")[0] == ["90.00 (1)"]  # --add_name keeps runs apart
+    assert "old-2026" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.json", "{", "JSON"),
+        ("config.json", "[]", "TypeError"),
+        ("config.json", '{"settings": {}}', "method"),
+        ("config.json", None, "no config.json"),
+        ("metrics.csv", "epoch,test_top1\n0,70\n2,71\n", "skips an epoch"),
+        ("metrics.csv", "epoch\n0\n1\n2\n3\n", "test_top1"),
+        ("metrics.csv", None, "0 epochs"),
+        ("metrics.csv", b"\xff\x00", "decode"),
+        ("result.json", '{"final_top1": 12}', "result.json ends at 12"),
+        ("result.json", '{"final_top1": "many"}', "TypeError"),
+        ("evaluation/checkpoint.json", "{}", "summary"),
+    ],
+)
+def test_damaged_folders_are_listed(tmp_path: Path, name: str, content: str | bytes | None, reason: str) -> None:
+    make_run(tmp_path / "runs", "vanilla", 1)
+    path = make_run(tmp_path / "runs", "vanilla", 2) / name
+    path.parent.mkdir(exist_ok=True)
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    text = shown(tmp_path / "runs")
+    ((state, why),) = cells(text, "vanilla_seed2")
+    assert state == "damaged"
+    assert reason in why
+    assert cells(text, "Vanilla")[0] == ["70.00 (1)"]
+    write_table(tmp_path / "runs.csv", read_roots([tmp_path / "runs"]))
+    assert shown(tmp_path / "runs.csv") == text
+
+
+def test_robustness_is_shown_where_it_was_measured(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        folder = make_run(tmp_path / "runs", "vanilla", seed) / "evaluation"
+        folder.mkdir()
+        summary = {"clean_top1": 70.0, "corruption_error": 40.0 + seed, "fgsm4_top1": 12.0, "ece": 5.0}
+        content = {"summary": summary, "corruptions": f"arrays in /home/me; 9 images, seed {seed}"}
+        (folder / "checkpoint.json").write_text(json.dumps(content))
+    make_run(tmp_path / "runs", "vanilla", 3)
+    text = shown(tmp_path / "runs")
+    assert "| clean | mCE | FGSM 4 | ECE |" in text
+    assert cells(text, "Vanilla")[2][-3:] == ["41.50 ± 0.71 (2)", "12.00 ± 0.00 (2)", "5.00 ± 0.00 (2)"]
+    assert "corruptions: published arrays; 9 images." in text
+
+
+def test_hostile_names_are_escaped(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", "vanilla", 1)
+    make_run(tmp_path / "runs", "vanilla", 2, add_name="a_b|50%&$x<!-- {~^#\\")
+    text = shown(tmp_path / "runs")
+    assert "a_b\\|50%&\\$x\\<!-- {~^#\\\\" in text
+    latex = summarize.latex(summarize.sections(read_roots([tmp_path / "runs"])))
+    expected = r"a\_b$|$50\%\&\$x$<$!-- \{\textasciitilde{}\textasciicircum{}\#\textbackslash{}"
+    assert expected in latex
+    for line in latex.splitlines():
+        assert line.startswith("%") or not re.search(r"(?<!\\)[_&%#](?! )", line), line
+        assert line.startswith("%") or line.isascii(), line
+    assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == latex.count(r"\end{table}") == 3
+
+
+def test_texts_are_refreshed(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    write_table(tmp_path / "results" / "runs.csv", read_roots([runs]))
+    text = tmp_path / "RESULTS.md"
+    text.write_text(
+        "Prose.\n\n<!-- summarize results/runs.csv final settings -->\nold\n<!-- /summarize -->\n\nMore.\n\n"
+        "<!-- summarize results/*.csv best -->\n<!-- /summarize -->\n"
+    )
+    assert summarize.main(["--refresh", str(text)]) == 0
+    first = text.read_text()
+    assert first.startswith("Prose.\n\n<!-- summarize results/runs.csv final settings -->\n\nTest accuracy")
+    assert "\n\nMore.\n\n" in first
+    assert "old" not in first
+    assert len(cells(first, "Vanilla")) == 2
+    assert "All: labels_per_class 500" in first
+    assert summarize.main(["--refresh", str(text)]) == 0
+    assert text.read_text() == first
+
+
+@pytest.mark.parametrize("name", ["RESULTS.md", "README.md"])
+def test_committed_results_are_what_their_tables_say(name: str) -> None:
+    path = ROOT / name
+    if not path.exists() or "<!-- summarize " not in path.read_text(encoding="utf-8"):
+        pytest.skip(f"no tables in {name}")
+    assert summarize.refreshed(path) == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "message"),
+    [
+        (2, "", "name a folder"),
+        (2, "--unknown 1", "--unknown"),
+        (1, "nowhere", "there is no nowhere"),
+        (1, "EMPTY", "holds no run"),
+        (1, "BAD.csv", "line 2"),
+        (1, "RUNS --out BAD.csv", "BAD.csv"),
+        (1, "--refresh nowhere.md", "nowhere.md"),
+        (1, "--refresh OPEN.md", "each closed"),
+    ],
+)
+def test_errors_cost_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], code: int, words: str, message: str
+) -> None:
+    make_run(tmp_path / "RUNS", "vanilla", 1)
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "BAD.csv").write_text("method,seed,state\nvanilla,one,unfinished\n")
+    (tmp_path / "OPEN.md").write_text("<!-- summarize a.csv -->\n")
+    known = {path.name for path in tmp_path.iterdir()}
+    try:
+        left = summarize.main([str(tmp_path / word) if word in known else word for word in words.split()])
+    except SystemExit as stopped:
+        left = stopped.code  # type: ignore[assignment]
+    error = capsys.readouterr().err
+    assert left == code, error
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_runs_of_the_program(tree: Path, tmp_path: Path) -> None:
+    words = [
+        *SMALL,
+        "--data_dir",
+        tree,
+        "--root_dir",
+        tmp_path / "runs",
+        "--epochs",
+        2,
+        "--schedule",
+        1,
+        "--gammas",
+        0.1,
+    ]
+    main(*words)
+    main(*words, *SAGE)
+    (left,) = (tmp_path / "runs").glob("*sage*")
+    finals = [json.loads(path.read_text())["final_top1"] for path in (tmp_path / "runs").glob("*/result.json")]
+    text = write(tmp_path / "runs", tmp_path / "out")
+    assert {cells(text, label)[0][0] for label in ("Vanilla", "SAGE")} == {f"{final:.2f} (1)" for final in finals}
+    assert "SAGE: rand_pos 0.01, update_ratio 0.7, upper_lambda 0.6." in text
+    (left / "result.json").unlink()
+    assert cells(shown(tmp_path / "runs"), left.name)[0][0] == "unfinished"
+    assert str(tmp_path) not in (tmp_path / "out" / "runs.csv").read_text()

@@ -1,0 +1,256 @@
+"""Runs as rows of a table: read from their folders, or from a table of runs, where each is a line of text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+import statistics
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from load_data import DATASETS
+from mixup import METHODS, build_method, setting_defaults
+from models import ARCHITECTURES
+
+from . import options, records
+from .files import UserError, atomic_write
+
+Key = tuple[str, ...]
+Row = dict[str, str]  # numbers stay text, so that a table of runs says exactly what its folders say
+FLAGS = vars(options.make_parser().parse_args([]))
+NAMES = ["dataset", "arch", "method", "seed", "add_name"]
+TRAINING = [name for name in FLAGS if name not in {*NAMES, *setting_defaults(), *options.NOT_PART_OF_A_RUN}]
+RESULTS = ["final", "spread", "best", "best_epoch"]
+COSTS = ["seconds_per_epoch", "images_per_second", "hours", "peak_memory_gb"]
+ROBUSTNESS = ["clean_top1", "corruption_error", "fgsm4_top1", "fgsm8_top1", "ece"]
+# What the runs of one cell of a table have in common: its column and its row.
+COLUMN, ROW = ["dataset", "arch", *TRAINING, "classes"], ["method", "settings", "add_name"]
+COLUMNS = [
+    *[*NAMES, "settings", "state", "epochs_done", *RESULTS, *COSTS, *ROBUSTNESS, "corruptions", *TRAINING, "classes"],
+    *["device", "torch", "commit", "date", "run", "command", "note", "curve"],
+]
+
+
+SET_ASIDE = re.compile(r"\.old-\d{8}-\d{6}$")  # what --overwrite renames a folder to
+
+
+class Group(NamedTuple):
+    """Runs that differ in their seed alone, and the names of their column and row."""
+
+    column: str
+    label: str
+    runs: list[Row]
+
+    def values(self, name: str) -> list[float]:
+        """One number of each run that has it."""
+        return [float(row[name]) for row in self.runs if row[name]]
+
+
+def read_roots(roots: Iterable[Path]) -> list[Row]:
+    """A row a run, in the tables' order; a run that is named twice appears once."""
+    rows: dict[Key, Row] = {}
+    for root in roots:
+        if root.is_file():
+            found = read_table(root)
+        else:
+            marks = ("config.json", "metrics.csv", "result.json", ".lock")
+            folders = {path.parent.resolve() for name in marks for path in root.rglob(name)}
+            found = [read_run(folder) for folder in folders if not SET_ASIDE.search(folder.name)]
+        if not found:
+            raise UserError(f"{root} holds no run" if root.exists() else f"there is no {root}")
+        rows.update({tuple(row.values()): row for row in found})
+    return sorted(rows.values(), key=order)
+
+
+def order(row: Row) -> Any:
+    """Data sets, architectures and methods as the program lists them, numbers by size."""
+
+    def place(name: str) -> tuple[float, str]:
+        value = row[name]
+        known: Any = {"dataset": DATASETS, "arch": ARCHITECTURES, "method": list(METHODS)}.get(name, ())
+        if value in known:
+            return known.index(value), ""
+        return (float(value), "") if re.fullmatch(r"\d+(\.\d+)?", value) else (math.inf, value)
+
+    return row["state"] == "damaged", [place(name) for name in (*COLUMN, *ROW, "seed", "date", "run", "note")]
+
+
+def read_table(path: Path) -> list[Row]:
+    """The rows of a runs.csv; flags that are younger than it have their defaults."""
+    rows: list[Row] = []
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        reader = csv.DictReader(file, restval="")
+        try:
+            for found in reader:
+                rows.append({name: found.get(name, text_of(FLAGS.get(name))) for name in COLUMNS})
+                check(rows[-1])
+        except (csv.Error, ValueError) as error:
+            raise UserError(f"{path}, line {reader.line_num}, is no run: {error}") from error
+    return rows
+
+
+def read_run(folder: Path) -> Row:
+    """The row of a run's folder."""
+    row = {**dict.fromkeys(COLUMNS, ""), "run": folder.name}
+    try:
+        if not (folder / "config.json").exists():
+            raise ValueError("no config.json: it ended before training began")
+        row |= settings_of(records.read_json(folder / "config.json"))
+        row |= numbers_of(folder, int(row["start_epoch"]), int(row["epochs"]))
+        row |= robustness_of(folder)
+        if row["state"] != "finished":
+            log = folder / "log.txt"
+            begun = re.findall(
+                r"\[(\d{4}-\d\d-\d\d)-([\d:]{8})\]", log.read_text(errors="replace") if log.exists() else ""
+            )
+            row["note"] = f"last epoch begun {' '.join(begun[-1])}" if begun else ""
+        check(row)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+        reason = f"{type(error).__name__}: {error}".replace(f"{folder}/", "")[:120]
+        return {**dict.fromkeys(COLUMNS, ""), "run": folder.name, "state": "damaged", "note": reason}
+    return row
+
+
+def text_of(value: Any) -> str:
+    """A setting as on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+
+
+def settings_of(config: dict[str, Any]) -> Row:
+    """What config.json says of a run, without the paths of its machine."""
+    settings = config["settings"]
+    preset = vars(build_method(settings["method"], settings["dataset"], 2))
+    changed = [f"{name}={settings[name]}" for name in preset if settings.get(name, preset[name]) != preset[name]]
+    command = re.sub(r"^python3 \S*main\.py", "python3 main.py", config["command"])
+    command = re.sub(r"(--(data_dir|root_dir|resume)[ =])('[^']*'|\S)+", r"\1[\2]", command)
+    return {
+        **{name: text_of(settings.get(name, FLAGS[name])) for name in [*NAMES, *TRAINING]},
+        "settings": " ".join(changed),
+        "classes": f"{len(config['classes'])}-{zlib.crc32(repr(config['classes']).encode(errors='replace')):08x}",
+        "device": config["device"],
+        "torch": config["versions"]["torch"],
+        "commit": config["git_commit"] or "",
+        "date": config["started"],
+        "command": command,
+    }
+
+
+def numbers_of(folder: Path, first: int, end: int) -> Row:
+    """What metrics.csv and result.json say of a run; ``ValueError`` where they contradict each other."""
+    path, final = folder / "metrics.csv", math.nan
+    epochs = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))) if path.exists() else []
+    if [row["epoch"] for row in epochs] != [str(i) for i in range(first, first + len(epochs))]:
+        raise ValueError("metrics.csv skips an epoch")
+    numbers: dict[str, float] = {}
+    if epochs:
+        names = ("test_top1", "seconds", "images_per_second", "peak_memory_gb")
+        top1, seconds, rates, memory = ([float(row[name]) for row in epochs] for name in names)
+        final, spread = records.final_accuracy([{"test_top1": value} for value in top1])
+        numbers = {"final": final, "spread": spread, "best": max(top1), "best_epoch": first + top1.index(max(top1))}
+        median = statistics.median
+        numbers |= zip(COSTS, (median(seconds), median(rates), sum(seconds) / 3600, max(memory)), strict=True)
+    finished = (folder / "result.json").exists()
+    if finished:
+        said = records.read_json(folder / "result.json")["final_top1"]
+        if len(epochs) != end - first or not abs(said - final) < 1e-3:
+            raise ValueError(f"result.json ends at {said}, metrics.csv at {final:g} with {len(epochs)} epochs")
+    curve = " ".join(f"{value:.7g}" for value in top1) if epochs else ""
+    state = {"state": "finished" if finished else "unfinished", "epochs_done": str(len(epochs)), "curve": curve}
+    return {**state, **{name: f"{value:.7g}" for name, value in numbers.items()}}
+
+
+def robustness_of(folder: Path) -> Row:
+    """What scripts/evaluate.py measured of the last checkpoint, or else of another."""
+    for path in sorted(folder.glob("evaluation/*.json")):
+        found = records.read_json(path)
+        numbers = {name: found["summary"].get(name) for name in ROBUSTNESS}
+        row = {name: f"{value:.7g}" for name, value in numbers.items() if value is not None}
+        kind = re.sub(r"^arrays in .*;", "published arrays;", found.get("corruptions", ""))
+        return {**row, "corruptions": re.sub(r", seed \d+$", "", kind)}
+    return {}
+
+
+def check(row: Row) -> None:
+    """Raise ``ValueError`` where a row is none of a run."""
+    if row["state"] == "damaged":
+        return
+    if row["state"] not in ("finished", "unfinished") or row["method"] not in METHODS:
+        raise ValueError(f"state {row['state']!r}, method {row['method']!r}")
+    needed = ["seed", "epochs", *([*RESULTS, *COSTS, "curve"] if row["state"] == "finished" else [])]
+    texts = [text for name in [*RESULTS, *COSTS, *ROBUSTNESS, "curve"] for text in row[name].split()]
+    if not all(math.isfinite(float(text)) for text in [*texts, *(row[name].split(" ")[0] for name in needed)]):
+        raise ValueError("a number is not finite")
+
+
+def write_table(path: Path, rows: Iterable[Row]) -> None:
+    """A runs.csv."""
+    with atomic_write(path, "w") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def key_of(row: Row, names: Sequence[str]) -> Key:
+    return tuple(row[name] for name in names)
+
+
+def column_names(rows: Iterable[Row]) -> dict[Key, str]:
+    """Data set and architecture, and the flags without which two columns would have one name."""
+    keys = list(dict.fromkeys(key_of(row, COLUMN) for row in rows))
+    names = {}
+    for key in keys:
+        alike = [other for other in keys if other[:2] == key[:2]]
+        told = [f"{COLUMN[i]} {key[i] or '–'}" for i in range(2, len(key)) if len({other[i] for other in alike}) > 1]
+        names[key] = ", ".join([f"{key[0]} × {key[1]}", *told])
+    return names
+
+
+def row_names(rows: Iterable[Row]) -> dict[Key, str]:
+    """The method, and what tells one of its rows from the others. A method that has one row in every column keeps one
+    even if its settings are not the same in all of them."""
+    found: dict[str, dict[Key, set[Key]]] = {}  # method → column → rows
+    for row in rows:
+        found.setdefault(row["method"], {}).setdefault(key_of(row, COLUMN), set()).add(key_of(row, ROW))
+    names = {}
+    for method, columns in found.items():
+        keys = set().union(*columns.values())
+        shared = set.intersection(*(set(words(key)) for key in keys))
+        many = any(len(rows) > 1 for rows in columns.values())
+        for key in keys:
+            told = [word for word in words(key) if many and word not in shared]
+            names[key] = METHODS[method].title + (f" ({', '.join(told)})" if told else "")
+    return names
+
+
+def words(key: Key) -> list[str]:
+    """What tells a row of the tables from its method's preset."""
+    _, settings, add_name = key
+    return [word.replace("=", " ") for word in settings.split()] + [f"“{add_name}”"] * bool(add_name)
+
+
+def grouped(rows: Sequence[Row], state: str = "finished") -> tuple[list[Group], list[Row]]:
+    """Runs that are averaged, in the tables' order, and the runs of a seed that another run has."""
+    rows = [row for row in rows if row["state"] != "damaged"]
+    columns, labels = column_names(rows), row_names(rows)
+    groups: dict[tuple[str, str], dict[str, Row]] = {}
+    repeated = []
+    for row in rows:
+        if row["state"] == state:
+            seeds = groups.setdefault((columns[key_of(row, COLUMN)], labels[key_of(row, ROW)]), {})
+            if seeds.setdefault(row["seed"], row) is not row:
+                repeated.append(row)
+    return [Group(*names, list(seeds.values())) for names, seeds in groups.items()], repeated
+
+
+def relative_cost(group: Group, groups: Sequence[Group]) -> float:
+    """Seconds an epoch over vanilla's in the same column; not a number where that ran on another device."""
+    for other in groups:
+        if (other.column, other.label) == (group.column, METHODS["vanilla"].title):
+            ours, vanillas = (statistics.mean(of.values("seconds_per_epoch")) for of in (group, other))
+            same_device = {row["device"] for row in other.runs} == {row["device"] for row in group.runs}
+            return ours / vanillas if same_device else math.nan
+    return math.nan
