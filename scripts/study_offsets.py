@@ -132,27 +132,29 @@ def accuracies(roots: Sequence[Path]) -> dict[float, list[float]]:
 
 
 def draw(path: Path, kept: dict[float, Any], shares: dict[float, Any], accuracy: dict[float, list[float]]) -> None:
-    """Three panels: score, share of the label, accuracy."""
-    figure = Figure(figsize=(10, 3), layout="constrained", dpi=130)
-    score, label, runs = figure.subplots(1, 3)
+    """Score, share of the label and, if there are runs, accuracy."""
+    panels = 3 if any(accuracy.values()) else 2
+    figure = Figure(figsize=(3.4 * panels, 3), layout="constrained", dpi=130)
+    score, label, *rest = figure.subplots(1, panels)
     for share in SHARES:
         style: dict[str, Any] = {"color": COLOURS[share], "label": f"{share:.0%} of the offsets", "linewidth": 1.8}
         if share < 1:
             values = np.sort(kept[share])
             score.plot(values, np.arange(1, len(values) + 1) / len(values), **style)
         label.hist(shares[share], bins=np.linspace(0, 1, 26), histtype="step", density=True, **style)
-        points = accuracy[share]
-        place = SHARES.index(share)
-        runs.plot([place] * len(points), points, "o", color=COLOURS[share], alpha=0.8)
-        if points:
-            runs.plot([place - 0.2, place + 0.2], [np.mean(points)] * 2, color=COLOURS[share], linewidth=2)
     score.axvline(1, color=COLOURS[1.0], linewidth=1.8)
     score.set(xlabel="score kept, as a share of the best", ylabel="share of the pairs", ylim=(0, 1))
     label.set(xlabel="share of the label that is image a's", ylabel="density", xlim=(0, 1))
-    label.legend(frameon=False, fontsize=8)
-    runs.set_xticks(range(len(SHARES)), [f"{share:.0%}" for share in SHARES])
-    runs.set(xlabel="offsets searched", ylabel="test accuracy, %", xlim=(-0.6, len(SHARES) - 0.4))
-    for axes in (score, label, runs):
+    score.legend(*label.get_legend_handles_labels(), frameon=False, fontsize=8, loc="upper left")
+    for runs in rest:
+        for place, share in enumerate(SHARES):
+            points = accuracy[share]
+            runs.plot([place] * len(points), points, "o", color=COLOURS[share], alpha=0.8)
+            if points:
+                runs.plot([place - 0.2, place + 0.2], [np.mean(points)] * 2, color=COLOURS[share], linewidth=2)
+        runs.set_xticks(range(len(SHARES)), [f"{share:.0%}" for share in SHARES])
+        runs.set(xlabel="offsets searched", ylabel="test accuracy, %", xlim=(-0.6, len(SHARES) - 0.4))
+    for axes in (score, label, *rest):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
     with atomic_write(path) as file:
