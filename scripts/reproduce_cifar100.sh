@@ -1,25 +1,10 @@
 #!/usr/bin/env bash
-# The paper's CIFAR-100 table: every method, architecture and seed. Takes DATA and RUNS; further words go to every run.
+# The paper's CIFAR-100 table: every method, architecture and seed. Takes the words of sweep.sh, and flags for every run.
 #
-#   bash scripts/reproduce_cifar100.sh DATA RUNS [--fast …]
-#   SEEDS="1 2 3" METHODS="vanilla sage" ARCHS=preactresnet18 DRY_RUN=1 bash scripts/reproduce_cifar100.sh DATA RUNS
-set -uo pipefail
-[ $# -ge 2 ] || { echo "usage: $0 DATA RUNS [flags of main.py]" >&2; exit 2; }
-data=$(realpath -m "$1") runs=$(realpath -m "$2")
-shift 2
-here=$(dirname "$0")
-methods=${METHODS:-vanilla input manifold cutmix saliencymix puzzle comix sage}
-seeds=${SEEDS:-1 2 3}
-common=(--dataset cifar100 --data_dir "$data" --root_dir "$runs" --labels_per_class 500 --learning_rate 0.2
-  --momentum 0.9 --decay 0.0001 --epochs 300 --schedule 100 200 --gammas 0.1 0.1 "$@")
-code=0
-for arch in ${ARCHS:-preactresnet18 resnext29_4_24 wrn16_8}; do
-  # SAGE's settings for each architecture
-  case $arch in
-    preactresnet18) sage="--upper_lambda 0.5 --update_ratio 0.7" ;;
-    *) sage="--upper_lambda 0.7 --update_ratio 0.5" ;;
-  esac
-  export SAGE_FLAGS="--blur_sigma 1.0 --kernel_size 5 --mixup_alpha 1.0 --rand_pos 0.01 $sage"
-  bash "$here/sweep.sh" ${DRY_RUN:+--dry_run} --methods "$methods" --archs "$arch" --seeds "$seeds" -- "${common[@]}" || code=1
-done
-exit $code
+#   bash scripts/reproduce_cifar100.sh DATA RUNS
+#   bash scripts/reproduce_cifar100.sh DATA RUNS --dry_run --methods "vanilla sage" --seeds 1 -- --fast
+dataset=cifar100 labels=500
+common="--blur_sigma 1.0 --kernel_size 5 --mixup_alpha 1.0 --rand_pos 0.01"
+export SAGE_FLAGS="$common --upper_lambda 0.7 --update_ratio 0.5"
+export SAGE_FLAGS_preactresnet18="$common --upper_lambda 0.5 --update_ratio 0.7"
+source "$(dirname "$0")/reproduce.sh"

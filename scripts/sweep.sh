@@ -7,9 +7,10 @@
 #   --seeds "…"     (default: 0)                --jobs N      runs side by side (default: number of GPUs, else 1)
 #   --dry_run       print the commands, run nothing
 #   --task N        run the N-th command alone, from 0 (for a job array); --count prints how many there are
-# Everything behind -- goes to each run. SAGE's own settings for the paper: SAGE_FLAGS="--upper_lambda 0.6 …", which only
-# SAGE gets. Finished runs are skipped and stopped ones continued, so the same call can be typed again. A failed run does
-# not stop the others; failures are listed at the end, and the exit code is then 1.
+# Everything behind -- goes to each run. SAGE's own settings for the paper: SAGE_FLAGS="--upper_lambda 0.6 …", or for one
+# architecture SAGE_FLAGS_wrn16_8="…", which only SAGE gets. Finished runs are skipped and stopped ones continued, so the
+# same call can be typed again. A failed run does not stop the others; what is not finished is listed at the end, and the
+# exit code is then 1.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -38,8 +39,8 @@ commands=()
 for arch in $archs; do
   for method in $methods; do
     for seed in $seeds; do
-      extra=""
-      [ "$method" = sage ] && extra=${SAGE_FLAGS:-}
+      flags=SAGE_FLAGS_$arch extra=""
+      [ "$method" = sage ] && extra=${!flags:-${SAGE_FLAGS:-}}
       # shellcheck disable=SC2086
       commands+=("$(printf '%q ' "$python" main.py "$@" --arch "$arch" --method "$method" --seed "$seed" $extra)")
     done
@@ -57,40 +58,48 @@ if [ -n "$dry_run" ]; then
   exit
 fi
 
-# One worker a slot takes every jobs-th command; slots are GPUs where there are any.
+# Workers, one a GPU where there are any, take the next run that none has taken; making its folder is the taking.
 results=$(mktemp -d)
-trap 'kill $(jobs -p) 2>/dev/null; wait; exit 143' TERM
-trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT
+stop() { # the exit code: every run saves first
+  kill $(jobs -p) 2>/dev/null
+  wait
+  rm -rf "$results"
+  echo "stopped; the same call continues"
+  exit "$1"
+}
+trap 'stop 143' TERM
+trap 'stop 130' INT
 worker() {
-  local slot=$1 number code child=""
-  trap 'kill $child 2>/dev/null; wait $child; exit 143' TERM INT
-  [ "$gpus" -eq 0 ] || export CUDA_VISIBLE_DEVICES=${devices[slot % gpus]}
-  for ((number = slot; number < ${#commands[@]}; number += jobs)); do
+  trap 'kill $! 2>/dev/null; wait $!; exit 143' TERM
+  [ "$gpus" -eq 0 ] || export CUDA_VISIBLE_DEVICES=${devices[$1 % gpus]}
+  local number code
+  for number in "${!commands[@]}"; do
+    mkdir "$results/$number" 2>/dev/null || continue
     echo "+ ${commands[number]}"
-    eval "exec ${commands[number]}" >"$results/$number.out" 2>&1 &
-    child=$!
-    wait $child
+    eval "exec ${commands[number]}" >"$results/$number/out" 2>&1 &
+    wait $!
     code=$?
-    echo "$code" >"$results/$number.code"
+    echo "$code" >"$results/$number/code"
     if [ $code -eq 0 ]; then
-      grep -E "final 10 epoch|is finished" "$results/$number.out" | tail -n 1
+      grep -E "final 10 epoch|is finished" "$results/$number/out" | tail -n 1
     elif [ $code -gt 128 ]; then
       echo "stopped by signal $((code - 128)); the same call continues it"
     else
-      echo "failed with exit code $code: $(tail -n 1 "$results/$number.out")"
+      echo "failed with exit code $code: $(tail -n 1 "$results/$number/out")"
     fi
   done
 }
-for ((slot = 0; slot < jobs; slot++)); do worker $slot & done
+for ((slot = 0; slot < jobs; slot++)); do worker "$slot" & done
 wait
 
-failed=0
+left=()
 for number in "${!commands[@]}"; do
-  [ "$(cat "$results/$number.code" 2>/dev/null)" = 0 ] || { failed=$((failed + 1)); list+="  ${commands[number]}"$'\n'; }
+  [ "$(cat "$results/$number/code" 2>/dev/null)" = 0 ] || left+=("  ${commands[number]}")
 done
-echo "$((${#commands[@]} - failed)) of ${#commands[@]} runs are finished"
-if [ $failed -gt 0 ]; then
-  printf '%s failed (what they said: %s):\n%s' "$failed" "$results" "$list"
+echo "$((${#commands[@]} - ${#left[@]})) of ${#commands[@]} runs are finished"
+if [ ${#left[@]} -gt 0 ]; then
+  echo "${#left[@]} are not (what they said: $results):"
+  printf '%s\n' "${left[@]}"
   exit 1
 fi
 rm -rf "$results"

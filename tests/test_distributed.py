@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,9 +21,11 @@ from torch import Tensor, nn
 from load_data import Data, Split
 from mixup import METHODS, build_method
 from models import build_model
-from tests.common import ENVIRONMENT, ROOT, SMALL, load_fixed_weights, main
+from tests import forked
+from tests.common import ENVIRONMENT, ROOT, SAGE, SMALL, load_fixed_weights, rows, weights
 from utils import distributed, train
 from utils.distributed import World
+from utils.files import UserError
 from utils.runtime import step_generator
 
 IMAGES = 12
@@ -85,7 +90,10 @@ def work(rank: int, size: int, folder: str) -> None:
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (request.param, str(folder)), nprocs=request.param)
+    forked.start_server()
+    torch.multiprocessing.start_processes(
+        work, (request.param, str(folder)), nprocs=request.param, start_method="forkserver"
+    )
     return SimpleNamespace(size=request.param, **torch.load(folder / "found.pt", weights_only=True))
 
 
@@ -124,45 +132,186 @@ def test_evaluation_is_equal_to_the_last_bit(ranks: SimpleNamespace) -> None:
     assert ranks.evaluation == train.evaluate(network(), data.test, data, torch.device("cpu"), "test")
 
 
-def torchrun(size: int, *words: object, **options: object) -> list[str]:
+# -------------------------------------------------------------------------------------------------------- whole runs
+
+STEADY = ["--epochs", 6, "--schedule", 2, 4, "--checkpoint_minutes", "1e-6"]
+
+
+@pytest.fixture(scope="module")
+def words(tree: Path) -> list[object]:
+    """A small run of SAGE that saves whenever its ranks agree."""
+    return [*SMALL, *SAGE, *STEADY, "--data_dir", tree]
+
+
+@pytest.fixture(scope="module")
+def whole(python: Path, words: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two ranks that nothing happened to."""
+    root = tmp_path_factory.mktemp("whole")
+    done = finish(start(python, 2, *words, "--root_dir", root))
+    assert done.code == 0, done.said
+    (folder,) = root.iterdir()
+    return folder
+
+
+class Done(NamedTuple):
+    """How a run ended, and all that its processes said."""
+
+    code: int
+    said: str
+
+
+def start(python: Path, size: int, *words: object, **options: object) -> subprocess.Popen[str]:
+    """main.py, by torchrun if there is more than one rank."""
     extra = [f"--{key}={value}" for key, value in options.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
-    return [*command, *extra, "main.py", *map(str, words)]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", *extra] if size > 1 else []
+    return spawn(python, *launch, "main.py", *words)
 
 
-@pytest.mark.parametrize(("first", "second"), [(4, 1), (1, 4)])
-def test_a_run_continues_on_another_number_of_ranks(tree: Path, tmp_path: Path, first: int, second: int) -> None:
-    words = [*SMALL, "--data_dir", tree, "--root_dir", tmp_path, "--epochs", 2, "--schedule", 1, "--gammas", 0.1]
-    words += ["--checkpoint_minutes", "1e-6"]
-
-    def command(size: int) -> list[str]:
-        return torchrun(size, *words) if size > 1 else [sys.executable, "main.py", *map(str, words)]
-
-    process = subprocess.Popen(
-        command(first), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+def spawn(*command: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    while not list(tmp_path.glob("*/metrics.csv")):
+
+
+def finish(process: subprocess.Popen[str]) -> Done:
+    try:
+        said, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return Done(process.returncode, said)
+
+
+def wait_for_an_epoch(process: subprocess.Popen[str], root: Path) -> None:
+    while not list(root.glob("*/metrics.csv")):
         assert process.poll() is None
         time.sleep(0.02)
+
+
+def ranks_below(root: Path) -> list[int]:
+    """The processes of a run, in the order in which torchrun started them; not torchrun itself."""
+    listed = subprocess.run(["pgrep", "-af", f"root_dir {root}"], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in listed.splitlines() if "torch.distributed.run" not in line]
+
+
+def assert_same_end(folder: Path, other: Path) -> None:
+    assert rows(folder) == rows(other)
+    ours, theirs = weights(folder), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_killed_rank_is_restarted_and_ends_where_it_should(
+    python: Path, words: list[object], whole: Path, tmp_path: Path
+) -> None:
+    process = start(python, 2, *words, "--root_dir", tmp_path, max_restarts=1)
+    wait_for_an_epoch(process, tmp_path)
+    os.kill(ranks_below(tmp_path)[-1], signal.SIGKILL)
+    done = finish(process)
+    assert done.code == 0, done.said
+    assert "exitcode: -9" in done.said
+    assert "continuing in epoch" in done.said
+    assert_same_end(tmp_path / whole.name, whole)
+
+
+def test_a_signal_to_one_rank_stops_all_of_them(python: Path, words: list[object], whole: Path, tmp_path: Path) -> None:
+    process = start(python, 2, *words, "--root_dir", tmp_path)
+    wait_for_an_epoch(process, tmp_path)
+    os.kill(ranks_below(tmp_path)[-1], signal.SIGTERM)
+    done = finish(process)
+    assert done.code != 0
+    assert "stopped in epoch" in done.said
+    assert f"exitcode: {128 + signal.SIGTERM}" in done.said
+    done = finish(start(python, 2, *words, "--root_dir", tmp_path))
+    assert done.code == 0, done.said
+    assert "continuing in epoch" in done.said
+    assert_same_end(tmp_path / whole.name, whole)
+
+
+def test_one_command_starts_a_process_for_each_gpu(
+    python: Path, words: list[object], whole: Path, tmp_path: Path
+) -> None:
+    """``launch`` types the command again under torchrun; here its processes use the CPU."""
+    program = tmp_path / "launch.py"
+    program.write_text("import sys\nfrom utils import distributed\nsys.exit(distributed.launch(2, sys.argv[1:]))\n")
+    command = [python, program, "main.py", *words, "--root_dir", tmp_path]
+    process = spawn(*command)
+    wait_for_an_epoch(process, tmp_path)
     process.terminate()
-    process.wait(60)
+    done = finish(process)
+    assert done.code == 128 + signal.SIGTERM, done.said
+    assert "stopped in epoch" in done.said
+    done = finish(spawn(*command))
+    assert done.code == 0, done.said
+    assert_same_end(tmp_path / whole.name, whole)
+
+
+@pytest.mark.parametrize(
+    ("method", "first", "second"), [(name, *((4, 1) if i % 2 else (1, 4))) for i, name in enumerate(METHODS)]
+)
+def test_a_run_continues_on_another_number_of_ranks(
+    python: Path, tree: Path, tmp_path: Path, method: str, first: int, second: int
+) -> None:
+    words = [*SMALL, *STEADY, "--method", method, "--data_dir", tree, "--root_dir", tmp_path]
+    process = start(python, first, *words)
+    wait_for_an_epoch(process, tmp_path)
+    process.terminate()
+    assert finish(process).code != 0
     (folder,) = tmp_path.iterdir()
     assert not (folder / "result.json").exists()
-    done = subprocess.run(command(second), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "continuing in epoch 1" in done.stdout
-    assert json.loads((folder / "result.json").read_text())["epochs"] == 2
+    before = rows(folder)
+    done = finish(start(python, second, *words))
+    assert done.code == 0, done.said
+    assert f"continuing in epoch {len(before)}" in done.said
+    after = rows(folder)
+    assert len(after) == 6
+    assert after[: len(before)] == before
+    assert json.loads((folder / "result.json").read_text())["epochs"] == 6
 
 
-def test_a_batch_that_does_not_divide_is_refused(tree: Path, tmp_path: Path) -> None:
-    command = torchrun(2, *SMALL, "--data_dir", tree, "--root_dir", tmp_path, "--batch_size", 7)
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
-    assert done.returncode != 0
-    assert "--batch_size 7 does not divide over 2 processes" in done.stderr
+def test_a_batch_that_does_not_divide_is_refused(python: Path, tree: Path, tmp_path: Path) -> None:
+    done = finish(start(python, 2, *SMALL, "--data_dir", tree, "--root_dir", tmp_path, "--batch_size", 7))
+    assert done.code != 0
+    assert "--batch_size 7 does not divide over 2 processes" in done.said
 
 
-def test_several_gpus_without_one_go_on_with_a_warning(tree: Path, tmp_path: Path) -> None:
+def test_several_gpus_without_one_go_on_with_a_warning(python: Path, tree: Path, tmp_path: Path) -> None:
     if torch.cuda.device_count() > 1:
         return
     words = ["--ngpu", 2, "--data_dir", tree, "--root_dir", tmp_path, "--epochs", 1, "--schedule", 1, "--gammas", 0.1]
-    assert "warning: --ngpu 2" in main(*SMALL, *words).stdout
+    done = finish(start(python, 1, *SMALL, *words))
+    assert done.code == 0, done.said
+    assert "warning: --ngpu 2" in done.said
+
+
+# ----------------------------------------------------------------------------------------------------------- meeting
+
+
+def test_a_meeting_ignores_the_words_of_dead_processes() -> None:
+    """Three attempts in one store, as torchrun keeps it; once rank 0 comes last, once first."""
+    store, size = dist.HashStore(), 3
+    store.set("present/1", "of a killed process")
+    names = []
+    for late in (0, 0, 2):
+        with ThreadPoolExecutor(size) as pool:
+
+            def meet(rank: int, late: int = late) -> str:
+                time.sleep(0.1 * (rank == late))
+                return distributed.agreed_name(store, World(rank, size, rank))
+
+            names.append(set(pool.map(meet, range(size))))
+    assert [len(found) for found in names] == [1, 1, 1]
+    assert len(set.union(*names)) == 3
+
+
+def test_processes_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = dist.TCPStore("localhost", 0, is_master=True)
+    monkeypatch.setattr(distributed, "MEETING", timedelta(seconds=0.2))
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": server.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    for rank in (0, 1):
+        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "none"}
+        for name, value in {**address, **place}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(UserError, match=f"process {rank} did not meet the other 1: .+"):
+            distributed.join(0)
+    assert not dist.is_initialized()

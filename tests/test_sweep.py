@@ -1,18 +1,22 @@
-"""The sweep scripts, with a stand-in for Python that notes what it was asked to run."""
+"""The sweep scripts, with a stand-in for Python that notes what it was asked to run, and with real runs."""
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.common import ROOT
+from tests.common import ENVIRONMENT, ROOT, SMALL
 
 STAND_IN = """#!/usr/bin/env bash
-echo "$*" >>"$CALLS"
+echo "$CUDA_VISIBLE_DEVICES: $*" >>"$CALLS"
+case "$*" in *"$WAITS"*) until [ "$(wc -l <"$CALLS")" -ge 4 ]; do sleep 0.02; done ;; esac
 case "$*" in *"$FAILS"*) echo "error: made to fail" >&2; exit 1 ;; esac
 echo "final 10 epoch acc (median) : 90.00 (+- 1.00)"
 """
@@ -23,14 +27,15 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program = tmp_path / "a python"
     program.write_text(STAND_IN)
     program.chmod(0o755)
-    for name, value in {"PYTHON": program, "CALLS": tmp_path / "calls", "FAILS": "no such run"}.items():
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in {"PYTHON": program, "CALLS": tmp_path / "calls", "FAILS": "none", "WAITS": "none"}.items():
         monkeypatch.setenv(name, str(value))
     return tmp_path / "calls"
 
 
 def script(name: str, *words: object) -> subprocess.CompletedProcess[str]:
     command = ["bash", f"scripts/{name}", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
 SWEEP = ["--methods", "vanilla sage", "--seeds", "1 2", "--", "--dataset", "digits", "--root_dir", "a b"]
@@ -52,10 +57,21 @@ def test_a_failed_run_is_listed_and_the_others_go_on(calls: Path, monkeypatch: p
     done = script("sweep.sh", "--jobs", 2, *SWEEP)
     assert done.returncode == 1
     assert len(calls.read_text().splitlines()) == 4
-    summary = done.stdout.split("3 of 4 runs are finished")[1]
+    summary = done.stdout.split("3 of 4 runs are finished\n1 are not")[1]
     assert summary.count("main.py") == 1
     assert "--method vanilla --seed 2" in summary
     assert "made to fail" in done.stdout
+
+
+def test_a_free_gpu_takes_the_next_run(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first run waits until all others have begun, so one GPU has to run three."""
+    monkeypatch.setenv("WAITS", "--method vanilla --seed 1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    done = script("sweep.sh", *SWEEP)
+    assert done.returncode == 0, done.stderr
+    gpus = {line.split("main.py")[1]: line.split(":")[0] for line in calls.read_text().splitlines()}
+    assert len(gpus) == 4
+    assert sorted(map(list(gpus.values()).count, ("3", "GPU-5"))) == [1, 3]
 
 
 def test_dry_run_prints_commands_that_run_when_pasted(calls: Path) -> None:
@@ -82,11 +98,91 @@ def test_wrong_words_cost_one_line(calls: Path, words: list[str]) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
-@pytest.mark.parametrize(("name", "first"), [("reproduce_cifar10.sh", "0.6"), ("reproduce_cifar100.sh", "0.5")])
-def test_reproduction_is_the_papers_table(calls: Path, monkeypatch: pytest.MonkeyPatch, name: str, first: str) -> None:
-    monkeypatch.setenv("DRY_RUN", "1")
-    lines = script(name, "data", "runs").stdout.splitlines()
-    assert len(lines) == 3 * 8 * 3
-    sage = [line for line in lines if "--method sage" in line]
-    assert f"--upper_lambda {first}" in sage[0]
-    assert all("--epochs 300 --schedule 100 200 --gammas 0.1 0.1" in line for line in lines)
+@pytest.mark.parametrize(("name", "first", "others"), [("cifar10", "0.6", "0.6"), ("cifar100", "0.5", "0.7")])
+def test_reproduction_is_the_papers_table(calls: Path, name: str, first: str, others: str) -> None:
+    lines = script(f"reproduce_{name}.sh", "data", "runs", "--dry_run").stdout.splitlines()
+    assert len(set(lines)) == 3 * 8 * 3
+    for line in lines:
+        assert f"--dataset {name} --data_dir {ROOT}/data --root_dir {ROOT}/runs" in line
+        assert "--epochs 300 --schedule 100 200 --gammas 0.1 0.1" in line
+        setting = f"--upper_lambda {first if '--arch preactresnet18' in line else others} "
+        assert (setting in line) == ("--method sage" in line)
+    line = script(f"reproduce_{name}.sh", "data", "/runs", "--dry_run", "--seeds", 5, "--", "--fast").stdout
+    assert "--root_dir /runs" in line
+    assert "--fast" in line
+    assert line.count("--seed 5") == line.count("main.py") == 8 * 3
+    assert script(f"reproduce_{name}.sh", "data").returncode == 2
+
+
+# ---------------------------------------------------------------------------------------------------------- real runs
+
+
+@pytest.fixture
+def words(python: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Behind -- of a sweep of runs long enough to be caught."""
+    for name, value in {**ENVIRONMENT, "PYTHON": python, "CUDA_VISIBLE_DEVICES": ""}.items():
+        monkeypatch.setenv(name, str(value))
+    steady = ["--epochs", 10, "--schedule", 5, "--gammas", 0.1, "--checkpoint_minutes", "1e-6"]
+    return ["--", *SMALL, *steady, "--data_dir", tree, "--root_dir", tmp_path]
+
+
+def start(*words: object) -> subprocess.Popen[str]:
+    command = ["bash", "scripts/sweep.sh", *map(str, words)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_an_epoch(sweep: subprocess.Popen[str], folder: Path) -> None:
+    while not (folder / "metrics.csv").exists():
+        assert sweep.poll() is None
+        time.sleep(0.02)
+
+
+def test_the_second_call_finishes_what_is_missing(words: list[object], tmp_path: Path) -> None:
+    """One run was made before, by its printed command; of the others one fails and one is killed."""
+    sweep = ["--methods", "vanilla input cutmix", "--seeds", "1 2"]
+    printed = script("sweep.sh", "--dry_run", *sweep, *words).stdout.splitlines()
+    folders = [tmp_path / f"cifar10_preactresnet18_{m}_seed{s}" for m in ("vanilla", "input", "cutmix") for s in (1, 2)]
+    subprocess.run(printed[0], shell=True, check=True, cwd=ROOT, capture_output=True)
+    folders[1].write_text("in the way")
+    first = start("--jobs", 2, *sweep, *words)
+    wait_for_an_epoch(first, folders[4])
+    subprocess.run(["pkill", "-KILL", "-f", f"root_dir {tmp_path} .*--method cutmix --seed 1"], check=True)
+    said, _ = first.communicate(timeout=240)
+    assert first.returncode == 1
+    assert [line.strip() for line in said.split("4 of 6 runs are finished\n2 are not")[1].splitlines()[1:]] == [
+        printed[1].strip(),
+        printed[4].strip(),
+    ]
+    assert "failed with exit code 1: error: " in said
+    assert "stopped by signal 9" in said
+
+    results = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/result.json")}
+    assert len(results) == 4
+    folders[1].unlink()
+    second = script("sweep.sh", *sweep, *words)
+    assert second.returncode == 0, second.stdout
+    assert second.stdout.splitlines()[-1] == "6 of 6 runs are finished"
+    assert second.stdout.count("is finished: ") == 4
+    assert all(path.stat().st_mtime_ns == written for path, written in results.items())
+    assert all(json.loads((folder / "result.json").read_text())["epochs"] == 10 for folder in folders)
+    assert "continuing in epoch" in (folders[4] / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_sweep_saves_its_runs(words: list[object], tmp_path: Path, number: int) -> None:
+    sweep = ["--methods", "vanilla", "--seeds", "1 2", "--jobs", 2, *words]
+    folders = [tmp_path / f"cifar10_preactresnet18_vanilla_seed{seed}" for seed in (1, 2)]
+    first = start(*sweep)
+    for folder in folders:
+        wait_for_an_epoch(first, folder)
+    os.kill(first.pid, number)
+    said, _ = first.communicate(timeout=240)
+    assert first.returncode == 128 + number
+    assert said.endswith("stopped; the same call continues\n")
+    for folder in folders:
+        assert "stopped in epoch" in (folder / "log.txt").read_text()
+        assert not (folder / "result.json").exists()
+    second = script("sweep.sh", *sweep)
+    assert second.returncode == 0, second.stdout
+    for folder in folders:
+        assert "continuing in epoch" in (folder / "log.txt").read_text()
