@@ -32,7 +32,7 @@ from mixup.base import bce_loss, one_hot
 from mixup.sage import best_offsets, blend, exact_scores, gaussian_blur
 from mixup.saliency import input_gradient, mean_magnitude, ones_where_zero
 from utils import options, results
-from utils.files import BadArguments, atomic_write
+from utils.files import BadArguments, UserError, atomic_write
 from utils.options import Parser, number
 from utils.runtime import exit_code, pick_device, set_precision
 
@@ -86,11 +86,12 @@ def search_pairs(args: argparse.Namespace) -> tuple[dict[float, Any], dict[float
     of_method = {**options.method_settings(settings), "rand_pos": 1.0} if settings.method == "sage" else {}
     kept, shares, times = defaultdict(list), defaultdict(list), defaultdict(list)
     for number_of_batch, (images, labels) in enumerate(test_batches(data.test, data, batch_size=BATCH, device=device)):
-        if number_of_batch * BATCH >= args.pairs:
+        if len(images) < BATCH or number_of_batch * BATCH >= args.pairs:
             break
         rows = one_hot(labels, len(data.classes))
         gradient, _ = input_gradient(model, images, lambda logits, rows=rows: bce_loss(logits, rows))  # type: ignore[misc]
-        saliency = ones_where_zero(gaussian_blur(mean_magnitude(gradient), 5, 1.0))
+        blur = settings.kernel_size, settings.blur_sigma
+        saliency = ones_where_zero(gaussian_blur(mean_magnitude(gradient), *blur))
         unit = saliency / saliency.sum(dim=(1, 2), keepdim=True)
         best = None
         lam = lam_of_each(number_of_batch, of_method, device)
@@ -100,8 +101,10 @@ def search_pairs(args: argparse.Namespace) -> tuple[dict[float, Any], dict[float
             draws = method.draw(rng, BATCH, *images.shape[2:])
             partner = torch.from_numpy(draws.permutation).to(device)
             a, b = lam * unit, (1 - lam) * unit[partner]
+            synchronise(device)
             started = time.perf_counter()
             offsets = best_offsets(a, b, draws.candidates)
+            synchronise(device)
             times[share].append(1000 * (time.perf_counter() - started))
             score = exact_scores(a, b, offsets[:, None])[:, 0]
             best = score if best is None else best
@@ -114,6 +117,11 @@ def search_pairs(args: argparse.Namespace) -> tuple[dict[float, Any], dict[float
     )
 
 
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def lam_of_each(number_of_batch: int, of_method: dict[str, Any], device: torch.device) -> torch.Tensor:
     """λ of each pair, [BATCH, 1, 1]; a training step draws one for the whole batch."""
     method = build_method("sage", "cifar10", 2, **of_method)
@@ -124,10 +132,17 @@ def lam_of_each(number_of_batch: int, of_method: dict[str, Any], device: torch.d
 def accuracies(roots: Sequence[Path]) -> dict[float, list[float]]:
     """Final accuracies of the finished SAGE runs, a list for each share of the offsets."""
     found: dict[float, list[float]] = {share: [] for share in SHARES}
+    kinds = set()
     for row in results.read_roots(roots) if roots else []:
         share = re.search(r"rand_pos=(\S+)", row["settings"])
         if row["method"] == "sage" and row["state"] == "finished" and share and float(share[1]) in found:
             found[float(share[1])].append(float(row["final"]))
+            alike = [row[name] for name in (*results.COLUMN, *results.ROW)]
+            kinds.add(re.sub(r"rand_pos=\S+", "", " ".join(alike)))
+    if len(kinds) > 1:
+        raise UserError(
+            f"--runs holds SAGE runs that differ in more than --rand_pos and seed: {'; '.join(sorted(kinds))}"
+        )
     return found
 
 

@@ -30,7 +30,7 @@ while [ $# -gt 0 ]; do
 done
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 # the GPUs of the box, or those that the caller allows
-IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd,)}"
+IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+' | paste -sd,)}"
 gpus=${#devices[@]}
 jobs=${jobs:-$((gpus > 0 ? gpus : 1))}
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || die "--jobs $jobs is not a number of runs"

@@ -26,11 +26,12 @@ from mixup.cutmix import paste_box
 from mixup.puzzle import block_mask, puzzle_mix
 from mixup.sage import Sage, best_offsets, blend, gaussian_blur
 from mixup.saliency import fine_grained_saliency, input_gradient, mean_magnitude
-from models import ARCHITECTURES, build_model
+from models import build_model
 from utils.runtime import prepare
+from utils.train import step_taker
 
 from .common import MEAN, SAGE, STD, golden, load_fixed_weights, main, normalise, rows, weights
-from .test_models import CASES
+from .test_models import CASES, ONE_OF_A_FAMILY
 from .test_sage import smooth_maps
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -252,7 +253,7 @@ def test_no_step_waits_for_the_gpu(name: str) -> None:
 
 
 @needs_cuda
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ONE_OF_A_FAMILY)
 def test_fast_compiles_every_architecture(arch: str) -> None:
     device = torch.device("cuda")
     torch.manual_seed(0)
@@ -260,6 +261,27 @@ def test_fast_compiles_every_architecture(arch: str) -> None:
     fast = prepare(copy.deepcopy(model), device, True)
     (slow_step, _), (fast_step, _) = (one_step("sage", m, device) for m in (model.to(device), fast))
     torch.testing.assert_close(fast_step.loss, slow_step.loss, rtol=3e-2, atol=1e-4)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.recordable])
+def test_steps_are_recorded_and_do_what_they_do(name: str) -> None:
+    device = torch.device("cuda")
+    images, labels = batch(device)
+    ends = []
+    for record in (False, True):
+        torch._dynamo.reset()
+        model = prepare(network(), device, True).train()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, nesterov=True, fused=True)
+        method = make(name)
+        take = step_taker(method, model, optimizer, device, record)
+        for seed in range(8):
+            held = take(images, labels, method.draw(np.random.default_rng(seed), len(images), 32, 32, 0))
+        if record:
+            assert take.kept is not None  # type: ignore[attr-defined]
+        ends.append((held.loss.item(), torch.cat([p.detach().flatten() for p in model.parameters()])))
+    assert ends[1][0] == pytest.approx(ends[0][0], rel=2e-2)
+    torch.testing.assert_close(ends[1][1], ends[0][1], atol=1e-2, rtol=1e-2)
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------

@@ -287,6 +287,23 @@ def test_several_gpus_without_one_go_on_with_a_warning(python: Path, tree: Path,
 # ----------------------------------------------------------------------------------------------------------- meeting
 
 
+def test_synchronised_batch_norm_keeps_bfloat16() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        plain, norm = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        x = torch.randn(25, 3, 28, 28)
+        expected = plain(x)
+        distributed.synchronise_batch_norm(norm)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = norm(x.bfloat16())
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.02)
+        torch.testing.assert_close(norm.running_var, plain.running_var, atol=1e-3, rtol=0)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_meeting_ignores_the_words_of_dead_processes() -> None:
     """Three attempts in one store, as torchrun keeps it; once rank 0 comes last, once first."""
     store, size = dist.HashStore(), 3

@@ -128,7 +128,11 @@ def words(python: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def start(*words: object) -> subprocess.Popen[str]:
     command = ["bash", "scripts/sweep.sh", *map(str, words)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # bash cannot trap what is ignored when it starts, as SIGINT is in the background of a script
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def wait_for_an_epoch(sweep: subprocess.Popen[str], folder: Path) -> None:

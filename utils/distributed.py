@@ -58,16 +58,18 @@ def launch(ngpu: int, words: Sequence[str]) -> int:
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ngpu}"]
     received: list[int] = []
-    child = subprocess.Popen([*command, *words], start_new_session=True)  # Ctrl-C reaches it through us alone
+    # saving and leaving may take longer than the 30 s after which torchrun kills; Ctrl-C reaches it through us alone
+    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600", **os.environ}
+    child = subprocess.Popen([*command, *words], env=environment, start_new_session=True)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
         child.send_signal(signal.SIGTERM)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, pass_on)
     code = child.wait()
-    return 128 + received[0] if received else code
+    return 128 + received[0] if received and code else code
 
 
 def join(ngpu: int) -> World:
@@ -209,6 +211,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
+        given, x = x.dtype, x.float()  # with --fast it comes in bfloat16, which cannot even count the pixels
         count = x.new_full((1,), x.numel() / x.shape[1])
         # two exchanges, mean first, are as accurate as one process; a sum of squares is not
         sums = summed_with_gradient(torch.cat([x.sum((0, 2, 3)), count]))
@@ -222,7 +225,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, momentum)
             self.running_var.lerp_(variance * number / (number - 1).clamp(min=1), momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(given)
 
 
 def synchronise_batch_norm(model: nn.Module) -> nn.Module:

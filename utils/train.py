@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -211,7 +211,8 @@ def step_taker(
         result = method.step(network, images, labels, draws)
         result.loss.backward()
         optimizer.step()
-        return result
+        # a result somebody holds must not keep autograd's nodes alive: they cannot be recorded again
+        return replace(result, loss=result.loss.detach(), logits=result.logits.detach())
 
     if record and device.type == "cuda" and method.recordable:
         return Captured(take, lambda: [group["lr"] for group in optimizer.param_groups], device)
@@ -251,7 +252,7 @@ def train_epoch(run: Run, network: nn.Module, take: Take, weight: distributed.Im
             except ValueError as error:
                 where = f"epoch {progress.epoch}, step {step}"
                 raise UserError(f"{args.method} stops in {where}: {error}. Try less extreme settings") from error
-            meter.add(step, result.loss.detach(), result.logits.detach(), labels)
+            meter.add(step, result.loss, result.logits, labels)
             progress.step = step + 1
             if no_picture and run.folder is not None:
                 no_picture = False
