@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -140,7 +141,7 @@ STEADY = ["--epochs", 12, "--schedule", 2, 4, "--checkpoint_minutes", "1e-6"]
 @pytest.fixture(scope="module")
 def words(tree: Path) -> list[object]:
     """A small run of SAGE that saves whenever its ranks agree."""
-    return [*SMALL, *SAGE, *STEADY, "--epochs", 40, "--data_dir", tree]  # long enough to be hit in the middle
+    return [*SMALL, *SAGE, *STEADY, "--data_dir", tree]
 
 
 @pytest.fixture(scope="module")
@@ -204,17 +205,15 @@ def assert_same_end(folder: Path, other: Path) -> None:
 def test_a_killed_rank_is_restarted_and_ends_where_it_should(
     python: Path, words: list[object], whole: Path, tmp_path: Path
 ) -> None:
-    for attempt in range(3):  # a kill can come when the rank has done all it had to
-        root = tmp_path / str(attempt)
-        process = start(python, 2, *words, "--root_dir", root, max_restarts=1)
-        wait_for_an_epoch(process, root)
-        os.kill(ranks_below(root)[-1], signal.SIGKILL)
-        done = finish(process)
-        assert done.code == 0, done.said
-        assert_same_end(root / whole.name, whole)
-        if "continuing in epoch" in done.said:
-            return
-    raise AssertionError("no kill hit a rank at work")
+    process = start(python, 2, *words, "--root_dir", tmp_path, max_restarts=1)
+    wait_for_an_epoch(process, tmp_path)
+    os.kill(ranks_below(tmp_path)[-1], signal.SIGKILL)
+    done = finish(process)
+    assert done.code == 0, done.said
+    # torchrun tells of the failure it sees first: the killed one's, or the other's, which lost its connection
+    assert re.search(r"failed \(exitcode: (-9|1)\)", done.said)
+    assert "continuing in epoch" in done.said
+    assert_same_end(tmp_path / whole.name, whole)
 
 
 def test_a_signal_to_one_rank_stops_all_of_them(python: Path, words: list[object], whole: Path, tmp_path: Path) -> None:
