@@ -7,8 +7,8 @@
 #   --seeds "…"     (default: 0)                --jobs N      runs side by side (default: number of GPUs, else 1)
 #   --dry_run       print the commands, run nothing
 #   --task N        run the N-th command alone, from 0 (for a job array); --count prints how many there are
-# Everything behind -- goes to each run. SAGE's own settings for the paper: SAGE_FLAGS="--upper_lambda 0.6 …", or for one
-# architecture SAGE_FLAGS_wrn16_8="…", which only SAGE gets. Finished runs are skipped and stopped ones continued, so the
+# Everything behind -- goes to each run. Flags that only one method gets: SAGE_FLAGS="--upper_lambda 0.6 …", or for one
+# architecture SAGE_FLAGS_wrn16_8="…", in the environment; COMIX_FLAGS and the like for the others. Finished runs are skipped and stopped ones continued, so the
 # same call can be typed again. A failed run does not stop the others; what is not finished is listed at the end, and the
 # exit code is then 1.
 set -uo pipefail
@@ -39,8 +39,9 @@ commands=()
 for arch in $archs; do
   for method in $methods; do
     for seed in $seeds; do
-      flags=SAGE_FLAGS_$arch extra=""
-      [ "$method" = sage ] && extra=${!flags:-${SAGE_FLAGS:-}}
+      flags=$(tr a-z A-Z <<<"$method")_FLAGS
+      flags_of_arch=${flags}_$arch
+      extra=${!flags_of_arch:-${!flags:-}}
       # shellcheck disable=SC2086
       commands+=("$(printf '%q ' "$python" main.py "$@" --arch "$arch" --method "$method" --seed "$seed" $extra)")
     done

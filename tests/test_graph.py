@@ -68,6 +68,21 @@ def test_a_recorded_step_does_what_the_step_does(name: str) -> None:
     assert happened.count("record") == 2  # once for each learning rate
 
 
+def test_a_lasting_change_of_shape_is_recorded_anew() -> None:
+    """Also where the fourth batch, the first to be recorded, would be the last and smaller one of an epoch."""
+    recorded: list[int] = []
+
+    def record(work: Callable[[], Step]) -> tuple[Callable[[], None], Any]:
+        recorded.append(number)
+        return imitate(work)
+
+    taken = Captured(lambda images, labels, draws: Step(2 * images.sum(), images), lambda: 0, CPU, record)
+    for number, count in enumerate([6, 6, 6, 4, 6, 6, 4, 6, 5, 5, 5, 6]):
+        images = torch.full((count,), float(number))
+        assert taken(images, images, SimpleNamespace()).loss == 2 * number * count
+    assert recorded == [5, 9]
+
+
 def test_sage_is_recordable() -> None:
     assert {"vanilla", "sage"} <= set(RECORDABLE)
 

@@ -28,26 +28,26 @@ def record_cuda(work: Callable[[], Step]) -> tuple[Callable[[], None], Step]:
 class Captured:
     """``take(images, labels, draws)`` recorded on its fourth call, and replayed from then on.
 
-    Draws are handed over as tensors. A batch of another shape is taken as it is; a change of what ``baked`` returns
-    (numbers that the recording holds, like the learning rate) makes a new recording. The tensors of a returned step
+    Draws are handed over as tensors. A recording holds the shapes of its inputs and what ``baked`` returns: the rate.
+    A lasting change makes a new one; a single batch of another shape is taken as it is. The tensors of a returned step
     are overwritten by the next one.
     """
 
     def __init__(self, take: Take, baked: Callable[[], Any], device: torch.device, record: Any = record_cuda) -> None:
         self.take, self.baked, self.device, self.record = take, baked, device, record
         self.seen = 0
-        self.kept: Any = None  # what was baked, inputs, replay, result
+        self.before: Any = None  # shapes of the last call
+        self.kept: Any = None  # what was baked in, inputs, replay, result
         self.works = True
 
     def __call__(self, images: Tensor, labels: Tensor, draws: Any) -> Step:
         draws = as_tensors(draws, self.device)
         inputs = [images, labels, *(value for value in vars(draws).values() if value is not None)]
-        if self.kept is not None and self.kept[0] != self.baked():
-            self.kept = None
-        if self.kept is None and self.works and self.seen >= WARM_UP:
-            self.capture(images, labels, draws)
-        self.seen += 1
-        if self.kept is None or [x.shape for x in self.kept[1]] != [x.shape for x in inputs]:
+        now = [x.shape for x in inputs], self.baked()
+        if self.works and self.seen >= WARM_UP and now[0] == self.before and (self.kept is None or self.kept[0] != now):
+            self.capture(now, images, labels, draws)
+        self.seen, self.before = self.seen + 1, now[0]
+        if self.kept is None or self.kept[0] != now:
             return self.take(images, labels, draws)
         _, held, replay, result = self.kept
         for place, value in zip(held, inputs, strict=True):
@@ -55,7 +55,7 @@ class Captured:
         replay()
         return result
 
-    def capture(self, images: Tensor, labels: Tensor, draws: Any) -> None:
+    def capture(self, now: Any, images: Tensor, labels: Tensor, draws: Any) -> None:
         """Record the step on tensors of its own. Where that fails, steps stay as they are."""
         own = SimpleNamespace(**{k: v if v is None else v.clone() for k, v in vars(draws).items()})
         x, y = images.clone(), labels.clone()
@@ -66,15 +66,14 @@ class Captured:
             log.warning(f"warning: steps cannot be recorded as a CUDA graph ({reason}); they are launched one by one")
             self.works = False
             return
-        self.kept = self.baked(), [x, y, *(v for v in vars(own).values() if v is not None)], replay, result
+        self.kept = now, [x, y, *(v for v in vars(own).values() if v is not None)], replay, result
 
 
 def as_tensors(draws: Any, device: torch.device) -> SimpleNamespace:
-    """Numbers and arrays of ``draws`` as tensors on ``device``, without waiting for it."""
-    tensors = {
-        name: None if value is None else torch.as_tensor(value).to(device, non_blocking=True)
-        for name, value in vars(draws).items()
-    }
-    return SimpleNamespace(
-        **{k: v.float() if isinstance(v, Tensor) and v.dtype == torch.float64 else v for k, v in tensors.items()}
-    )
+    """Numbers and arrays of ``draws`` as tensors on ``device``, float32 or integers, without waiting for it."""
+
+    def moved(value: Any) -> Tensor:
+        tensor = torch.as_tensor(value)
+        return (tensor.float() if tensor.is_floating_point() else tensor).to(device, non_blocking=True)
+
+    return SimpleNamespace(**{name: v if v is None else moved(v) for name, v in vars(draws).items()})
