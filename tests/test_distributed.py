@@ -119,6 +119,17 @@ def test_ranks_give_the_gradients_of_one_process(ranks: SimpleNamespace, name: s
     assert_close(getattr(ranks, name), expected, 1e-5)
 
 
+def test_rate_of_a_resumed_run_counts_each_image_once() -> None:
+    """The first process holds the sums of all when it continues an epoch, and its own part's from there on."""
+    progress = train.Progress(epoch=1, step=3, seconds=2.0)
+    run: Any = SimpleNamespace(
+        args=SimpleNamespace(batch_size=100), data=sample_data(), progress=progress, world=World(0, 2)
+    )
+    assert train.line_of_batch(run, 7, [1.0, 30.0, 90.0, 250.0]).endswith(" 150 images/s")
+    progress.step = 7
+    assert train.line_of_batch(run, 7, [1.0, 30.0, 90.0, 450.0]).endswith(" 350 images/s")
+
+
 def test_synchronised_batch_norm_is_the_whole_batch(ranks: SimpleNamespace) -> None:
     model = network()
     one_step(model, "vanilla", World(), UNEVEN)

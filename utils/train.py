@@ -297,9 +297,9 @@ def progress_bar(total: int, run: Run) -> Iterator[tqdm]:
 
 
 def line_of_batch(run: Run, total: int, sums: list[float]) -> str:
-    """The published line within an epoch; of a run of many processes it tells the first one's part."""
+    """The published line within an epoch; loss and accuracy of many processes are the first one's."""
     current, progress = scores(sums, "train"), run.progress
-    rate = sums[3] / progress.seconds * run.world.size
+    rate = min(progress.step * run.args.batch_size, len(run.data.train)) / progress.seconds
     return (
         f"  Epoch: [{progress.epoch:03d}][{progress.step:03d}/{total:03d}]   Loss {current['train_loss']:.4f}   "
         f"Prec@1 {current['train_top1']:.3f}   Prec@5 {current['train_top5']:.3f}   {rate:.0f} images/s"
