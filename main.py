@@ -128,13 +128,16 @@ def evaluate(args: argparse.Namespace, typed: set[str]) -> int:
     if warning:
         log.warning(f"warning: {warning}")
     set_precision(args.deterministic)
-    model, data = open_checkpoint(args, typed, device)
+    model, data, _ = open_checkpoint(args, typed, device)
     log.info(records.line_of_scores("Test", train.evaluate(model, data.test, data, device, "test"), "test"))
     return 0
 
 
-def open_checkpoint(args: argparse.Namespace, typed: set[str], device: torch.device) -> tuple[torch.nn.Module, Data]:
-    """The network in ``args.resume`` and the data it is for, on ``device``; settings not typed are the checkpoint's."""
+def open_checkpoint(
+    args: argparse.Namespace, typed: set[str], device: torch.device
+) -> tuple[torch.nn.Module, Data, int | None]:
+    """The network in ``args.resume`` and the data it is for, on ``device``; settings not typed are the checkpoint's.
+    Then, of a checkpoint of this project, the epochs it was trained."""
     state = checkpoint.load(args.resume)
     with well_formed(args.resume):
         options.adopt(args, typed, state.get("settings", {}))
@@ -144,9 +147,10 @@ def open_checkpoint(args: argparse.Namespace, typed: set[str], device: torch.dev
     with well_formed(args.resume):
         colours: Any = {name: tuple(map(float, state.get(name, getattr(data, name)))) for name in ("mean", "std")}
         data = dataclasses.replace(data, **colours)
+        epochs = len(state["progress"]["rows"]) if "progress" in state else None
     model = build_model(args.arch, len(data.classes), data.stride, args.initial_channels, args.dropout)
     load_weights(model, state, args)
-    return prepare(model, device, args.fast), data
+    return prepare(model, device, args.fast), data, epochs
 
 
 def load_images(args: argparse.Namespace, typed: set[str]) -> Data:
@@ -187,8 +191,11 @@ def restore(job: train.Run) -> None:
         for group, own in zip(job.optimizer.param_groups, typed, strict=True):  # this command's, not the checkpoint's
             group.update({name: value for name, value in own.items() if name != "params"})
         for parameter, held in job.optimizer.state.items():
-            if held.get("momentum_buffer") is not None and held["momentum_buffer"].shape != parameter.shape:
-                raise ValueError("its momentum does not fit the weights")
+            if (momentum := held.get("momentum_buffer")) is not None:
+                if momentum.shape != parameter.shape:
+                    raise ValueError("its momentum does not fit the weights")
+                # laid out as the weights are: the fused optimiser walks through both as they lie in memory
+                held["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
         job.progress = train.Progress(**state["progress"])
     if job.folder and job.progress.rows:
         records.write_metrics(job.folder / "metrics.csv", job.progress.rows)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import main as program
 from tests.common import ENVIRONMENT, ROOT, SAGE, SMALL, main, rows, weights
+from utils import options
+from utils.distributed import World
+from utils.runtime import StopSignal
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +192,27 @@ def test_no_gpu_is_a_warning_and_log_off_writes_nothing(tree: Path, tmp_path: Pa
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         assert "warning: --ngpu 1" in done.stdout
     assert not (tmp_path / "runs").exists()
+
+
+def test_momentum_takes_the_layout_of_the_weights(tree: Path, tmp_path: Path) -> None:
+    """A checkpoint from a device on which weights lie in another order, continued by the fused optimiser."""
+    words = [*SMALL, "--data_dir", str(tree), "--initial_channels", "16", "--fast", "--resume", str(tmp_path / "c.pth")]
+    args, typed = options.parse(words)
+    prepared = args, typed, {}, None, torch.device("cpu"), StopSignal.__new__(StopSignal), World()
+    run = program.prepare_run(*prepared)
+    for parameter in run.model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    run.optimizer.step()
+    state = {"state_dict": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
+    state = copy.deepcopy(state)
+    for held in state["optimizer"]["state"].values():
+        held["momentum_buffer"] = held["momentum_buffer"].contiguous()
+    torch.save(state | {"progress": asdict(run.progress)}, tmp_path / "c.pth")
+    again = program.prepare_run(*prepared)
+    program.restore(again)
+    for before, after in zip(run.model.parameters(), again.model.parameters(), strict=True):
+        after.grad = before.grad
+    for one in (run, again):
+        one.optimizer.step()
+    for before, after in zip(run.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(before, after)
