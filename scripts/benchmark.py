@@ -18,6 +18,7 @@ photographs, weights are random, and saliency is the gradient of that network.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import math
 import os
 import platform
@@ -177,19 +178,27 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_memory(work: Work, device: torch.device) -> float | None:
-    """MB that were in use at most during one call; None where the system does not tell."""
+def memory(work: Work, device: torch.device) -> tuple[float, float] | None:
+    """MB in use before one call, and at most during it; None where the system does not tell."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device) / 1e6
         work(0)
-        return torch.cuda.max_memory_allocated(device) / 1e6
+        return before, torch.cuda.max_memory_allocated(device) / 1e6
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory that earlier calls freed is not in use
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+        before = of_process("VmRSS")
         work(0)
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
+        return before, of_process("VmHWM")
+    except (OSError, AttributeError):
         return None
-    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
+
+
+def of_process(name: str) -> float:
+    """MB that the system tells of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(name))
 
 
 def reachable_speed(dtype: torch.dtype, device: torch.device) -> float:
@@ -354,8 +363,8 @@ def steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         network.parameters(), 0.001, 0.9, weight_decay=1e-4, nesterov=True, fused=True if args.fast else None
     )
 
-    def step_of(method: Method) -> Work:
-        take = step_taker(method, network, optimizer, device, record=args.fast)
+    def step_of(method: Method, record: bool = args.fast) -> Work:
+        take = step_taker(method, network, optimizer, device, record)
 
         def work(repetition: int) -> None:
             draws = method.draw(np.random.default_rng(repetition), len(images), *images.shape[2:])
@@ -375,12 +384,13 @@ def steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     rows = {}
     for label, method in methods.items():
         median = statistics.median(times[label])
+        used = memory(step_of(method, record=False), device)  # a replayed step allocates nothing
         rows[label] = {
             "median_ms": median,
             "min_ms": min(times[label]),
             "ratio": statistics.median(t / v for t, v in zip(times[label], times["vanilla"], strict=True)),
             "images_per_second": 1000 * args.batch_size / median,
-            "peak_memory_mb": peak_memory(works[label], device),
+            "peak_memory_mb": used and used[1],
             "share_of_peak": operations(args, method) * args.batch_size / (median / 1000) / peak,
         }
     table(
@@ -452,6 +462,8 @@ def search(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
     size = args.image_size
     a, b = maps_of(args.batch_size, size, device)
+    used = memory(partial(call, best_offsets, a, b), device)
+    result["extra_memory_mb"] = used and used[1] - used[0]
     total = (2 * size - 1) ** 2
     counts = sorted(k for k in {10, total // 100, 100, 300, 1000, total // 3} if k < total)
     by_count: dict[int, Work] = {
@@ -465,6 +477,8 @@ def search(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     print(f"\nsearch of {args.batch_size} pairs, {size}×{size}, {count} interleaved repetitions; k: candidates")
     head = ("candidates", *map(str, medians), f"growth to {SHORT_LIST}")
     table(head, [("median ms", *(f"{t:.2f}" for t in medians.values()), power("k", result["candidates_exponent"]))])
+    if used:
+        print(f"\nsearch of all offsets: {result['extra_memory_mb']:.1f} MB more than before it at its peak")
     return result
 
 

@@ -3,8 +3,8 @@
 #
 #   bash scripts/gpu_check.sh DATA OUT        DATA: a folder with CIFAR-10, as --data_dir takes it; OUT: a folder for results
 #
-# 1. tests on CUDA: every method against the CPU and the golden vectors, --fast against the default, repeatability
-# 2. scripts/benchmark.py: steps in both modes, the search
+# 1. scripts/benchmark.py: steps in both modes, the search
+# 2. tests on CUDA: every method against the CPU and the golden vectors, --fast against the default, repeatability
 # 3. the README's CIFAR-10 SAGE command, for 40 seconds by default and then with --fast for as long as time is left
 # OUT gets report.md, tests.log, the benchmark's JSON files, and metrics and config of both runs; what fails is in
 # report.md too, and the exit code is then 1. MINUTES=30 allows more time (300 epochs), PARTS="train" runs a part alone,
@@ -15,12 +15,14 @@ cd "$(dirname "$0")/.."
 [ $# -eq 2 ] || { echo "usage: bash scripts/gpu_check.sh DATA OUT" >&2; exit 2; }
 [ -d "$1" ] || { echo "error: there is no folder $1 with CIFAR-10" >&2; exit 2; }
 mkdir -p "$2" || exit 1
+rm -f "$2"/{default,fast}.{csv,json,log} "$2"/steps{,_fast}.{json,log} "$2"/search.{json,log} "$2/tests.log"
 data=$(cd "$1" && pwd) out=$(cd "$2" && pwd)
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-parts=${PARTS:-tests benchmark train} device=${DEVICE:-cuda}
+parts=${PARTS:-benchmark tests train} device=${DEVICE:-cuda}
 deadline=$((SECONDS + 60 * ${MINUTES:-9} - 15))
 runs=$(mktemp -d) failed=0
 trap 'rm -rf "$runs"' EXIT
+export TORCHINDUCTOR_CACHE_DIR=$runs/compiled  # what one part compiles, the next finds
 left() { echo $((deadline - SECONDS)); }
 within() {  # within SECONDS COMMAND…: stopped by SIGTERM, which main.py answers by saving
   local limit=$1; shift
@@ -39,17 +41,11 @@ print(f"# {name}\n\n{time.strftime('%Y-%m-%d')}, PyTorch {torch.__version__}, CU
 PY
 cat "$out/report.md"
 
-if [[ " $parts " == *" tests "* ]]; then
-  within $((${MINUTES:-9} * 20)) "$python" -m pytest tests/test_graph.py tests/test_devices.py -rfE >"$out/tests.log" 2>&1 ||
-    { [ $? -ne 124 ] || note "- the tests were stopped by the time limit"; failed=1; grep -E "^(FAILED|ERROR)" "$out/tests.log" | sed 's/^/- /' | tee -a "$out/report.md"; }
-  note "Tests of test_devices.py and test_graph.py: $(tail -n 1 "$out/tests.log")"
-fi
-
 if [[ " $parts " == *" benchmark "* ]]; then
   for mode in "" --fast; do
     name=steps${mode:+_fast}
     # shellcheck disable=SC2086
-    within 75 "$python" scripts/benchmark.py --device "$device" --parts steps --methods vanilla sage $mode --out "$out/$name.json" |
+    within "$([ "$mode" ] && echo 150 || echo 75)" "$python" scripts/benchmark.py --device "$device" --parts steps --methods vanilla sage $mode --out "$out/$name.json" |
       tee "$out/$name.log" | grep '^|\|^whole' || { failed=1; note "- the benchmark of steps $mode failed"; }
   done
   within 60 "$python" scripts/benchmark.py --device "$device" --parts search --out "$out/search.json" |
@@ -58,6 +54,12 @@ if [[ " $parts " == *" benchmark "* ]]; then
     [ -f "$out/$name.log" ] && { echo; grep '^|\|^whole\|^search' "$out/$name.log" | sed 's/^\(whole.*\|search.*\)$/\n\1\n/'; } >>"$out/report.md"
     rm -f "$out/$name.log"
   done
+fi
+
+if [[ " $parts " == *" tests "* ]]; then
+  within $((${MINUTES:-9} * 20)) "$python" -m pytest tests/test_graph.py tests/test_devices.py -v -rfE >"$out/tests.log" 2>&1 ||
+    { [ $? -ne 124 ] || note "- the tests were stopped by the time limit"; failed=1; grep -E "(^(FAILED|ERROR)| (FAILED|ERROR) +\[)" "$out/tests.log" | sed 's/^/- /' | tee -a "$out/report.md"; }
+  note "Tests of test_devices.py and test_graph.py: $(tail -n 1 "$out/tests.log")"
 fi
 
 train() {  # train NAME SECONDS FLAGS…

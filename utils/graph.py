@@ -19,9 +19,13 @@ Take = Callable[[Tensor, Tensor, Any], Step]
 
 def record_cuda(work: Callable[[], Step]) -> tuple[Callable[[], None], Step]:
     """What does ``work`` again at one launch, and what it leaves its results in. Nothing is computed yet."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may be moving the next batch
-        result = work()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may be moving the next batch
+            result = work()
+    except RuntimeError:
+        torch.cuda.set_stream(stream)  # a recording that could not be ended leaves its own
+        raise
     return graph.replay, result
 
 
@@ -57,6 +61,7 @@ class Captured:
 
     def capture(self, now: Any, images: Tensor, labels: Tensor, draws: Any) -> None:
         """Record the step on tensors of its own. Where that fails, steps stay as they are."""
+        self.kept = None  # two recordings at a time may not fit into memory
         own = SimpleNamespace(**{k: v if v is None else v.clone() for k, v in vars(draws).items()})
         x, y = images.clone(), labels.clone()
         try:

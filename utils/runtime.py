@@ -55,7 +55,8 @@ def device_name(device: torch.device) -> str:
     """What a reader of the log calls the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{platform.processor() or platform.machine()} {device.type}, {threads} thread{'s' * (threads > 1)}"
 
 
 def set_precision(deterministic: bool) -> None:

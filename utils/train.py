@@ -30,7 +30,7 @@ from .records import log
 from .runs import LOCK
 from .runtime import StopSignal, peak_memory, step_generator
 
-EVALUATION_BATCH = {"cpu": 250, "mps": 500, "cuda": 2000}
+EVALUATION_BATCH = {"cpu": 250, "mps": 500, "cuda": 1000}  # images of 32×32; fewer of larger ones
 MIXED = "mixed.png"
 AGREE_STEPS = 10  # ranks agree this often on saving and stopping; each time they wait for each other
 CURVES_SECONDS = 20  # drawing takes half a second; refreshed at most this often while running
@@ -155,7 +155,7 @@ def evaluate(
     world = world or World()
     was_training = model.training
     model.eval()
-    size = EVALUATION_BATCH[device.type]
+    size = max(1, EVALUATION_BATCH[device.type] * 32**2 // max(32**2, math.prod(data.image_size)))
     sums = torch.zeros(steps_per_epoch(len(split), size), 3, device=device, dtype=sum_type(device))
     for number, (images, labels) in enumerate(test_batches(split, data, batch_size=size, device=device)):
         if stop is not None and stop.exit_code and world.size == 1:
