@@ -23,7 +23,7 @@ def input_gradient(
         images: [B, C, H, W] float32.
         loss_of: maps the logits [B, K] to a scalar loss.
         weight_share: what part of the loss' weight gradient is added to the parameters' ``.grad``. With 0 the weight
-            gradients are not even computed.
+            gradients are not even computed, but by a compiled network, which knows one backward pass only.
 
     Returns:
         (gradient [B, C, H, W] of the whole loss, the loss as a detached scalar). ``images`` is left as it was.
