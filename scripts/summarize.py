@@ -45,6 +45,7 @@ from utils.files import BadArguments, UserError, atomic_write
 from utils.options import Parser
 from utils.results import (
     FLAGS,
+    HOW,
     ROW,
     TRAINING,
     Group,
@@ -75,8 +76,11 @@ ROBUSTNESS = {
     "corruption_error": "mCE",
     "fgsm4_top1": "FGSM 4",
     "fgsm8_top1": "FGSM 8",
+    "pgd4_top1": "PGD 4",
+    "pgd8_top1": "PGD 8",
     "ece": "ECE",
 }
+WIDE = 8  # columns that a page of a paper holds in LaTeX
 SECTIONS = ["final", "best", "details", "settings", "open"]
 MARKED = re.compile(r"^(<!-- summarize ([^\n]+) -->\n)(.*?)^(<!-- /summarize -->)$", re.DOTALL | re.MULTILINE)
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
@@ -141,6 +145,8 @@ def sections(rows: Sequence[Row]) -> dict[str, list[Table | str]]:
             far = [f"{row['epochs_done']} of {row['epochs']} epochs"] * bool(row["epochs"])
             far += [f"best {row['best']} %"] * bool(row["best"]) + [row["note"]] * bool(row["note"])
             left_out.append([row["run"], row["state"], "; ".join(far)])
+    if not groups:
+        content.update(final=["No run is finished."], best=[], details=[])
     if left_out:
         content["open"].append(Table("Runs that are not counted", ["run", "why", "how far it came"], left_out))
     return content
@@ -166,22 +172,21 @@ def wide(groups: Sequence[Group], name: str, caption: str) -> Table:
 
 
 def highest(cells: dict[tuple[int, int], list[float]]) -> Iterator[tuple[int, int]]:
-    """The cell with the highest mean in every column that has more than one."""
+    """The cells with the highest mean in every column that has several; none if others are of more seeds."""
     for column in {place[1] for place in cells}:
-        means = {place: statistics.mean(numbers) for place, numbers in cells.items() if place[1] == column}
-        if len(means) > 1:
-            yield max(means, key=lambda place: means[place])
+        means = {place: round(statistics.mean(found), 2) for place, found in cells.items() if place[1] == column}
+        best = [place for place in means if means[place] == max(means.values())]
+        if len(means) > 1 and all(len(cells[place]) == max(len(cells[other]) for other in means) for place in best):
+            yield from best
 
 
 def details(groups: Sequence[Group], caption: str) -> Table:
-    """Everything that was measured in one column, a row a method."""
+    """Everything that was measured in one column, a row a method; the caption says how."""
     robust = {name: title for name, title in ROBUSTNESS.items() if any(group.values(name) for group in groups)}
-    kinds = sorted({row["corruptions"] for group in groups for row in group.runs if row["corruptions"]})
     rows = []
     for group in groups:
         costs = [in_words(group.values(name), digits) for name, digits in zip(COSTS, (1, 0, 2, 1), strict=True)]
-        alike = len({row["corruptions"] for row in group.runs if row["corruptions"]}) < 2  # or else no mean makes sense
-        found = [group.values(name) if alike else [] for name in robust]
+        found = [group.values(name) for name in robust]
         extra = [in_words(numbers, count=len(numbers) < len(group.runs)) for numbers in found]
         accuracy = [in_words(group.values(name)) for name in ("final", "best")]
         relative = in_words([relative_cost(group, groups)])
@@ -189,7 +194,13 @@ def details(groups: Sequence[Group], caption: str) -> Table:
     costs = list(COSTS.values())
     header = ["method", "seeds", "final", "best", costs[0], "× vanilla", *costs[1:], *robust.values()]
     bold = {(i, 2 + j): g.values(name) for i, g in enumerate(groups) for j, name in enumerate(("final", "best"))}
-    caption += f"; corruptions: {', '.join(kinds)}" if kinds else ""
+    runs = [row for group in groups for row in group.runs]
+    for how, names in HOW.items():
+        usual = {row[how] for row in runs if row[how] and any(row[name] for name in names)}
+        others = {row[how] for row in runs if row[how]} - usual
+        caption += "".join(
+            f"; {how}: {kind}" for kind in usual
+        ) + f" (not shown: runs with {'; '.join(sorted(others))})" * bool(others)
     return Table(caption, header, rows, set(highest(bold)))
 
 
@@ -297,7 +308,7 @@ def latex(content: dict[str, list[Table | str]]) -> str:
     def plain(text: str) -> str:
         return "".join(SPECIAL.get(sign, sign) for sign in " ".join(text.split()))
 
-    blocks = ["% \\usepackage{booktabs}"]
+    blocks = ["% \\usepackage{booktabs,graphicx}"]
     for part in (part for name in SECTIONS if name != "open" for part in content[name]):
         if isinstance(part, str):
             blocks.append("% " + " ".join(part.split()))
@@ -309,8 +320,18 @@ def latex(content: dict[str, list[Table | str]]) -> str:
             lines.append(" & ".join(cells))
         body = [rf"{line} \\" for line in lines]
         kind = rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
-        frame = [r"\begin{table}", r"\centering", rf"\caption{{{plain(part.caption)}.}}", kind, r"\toprule", body[0]]
-        blocks.append("\n".join([*frame, r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}"]))
+        opened, closed = (r"\resizebox{\textwidth}{!}{", "}") if len(header) > WIDE else ("", "")
+        frame = [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{plain(part.caption)}.}}",
+            opened,
+            kind,
+            r"\toprule",
+            body[0],
+        ]
+        lines = [*frame, r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}", closed, r"\end{table}"]
+        blocks.append("\n".join(filter(None, lines)))
     return "\n\n".join(blocks) + "\n"
 
 

@@ -353,6 +353,30 @@ def test_one_seed_gives_one_result(result: dict[str, Any], words: list[object], 
     assert "fgsm" not in again
 
 
+def test_a_later_call_adds_to_an_earlier_one(
+    result: dict[str, Any], words: list[object], small_run: Path, tmp_path: Path
+) -> None:
+    for path in (small_run / "evaluation").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    few = ["--images", 3, "--eps", 2, "--out", tmp_path]
+    code, found = evaluate(*words, "--parts", "fgsm", *few)
+    assert code == 0
+    assert found["pgd"] == result["pgd"]
+    assert found["fgsm"] == result["fgsm"][:1]
+    assert found["summary"] == {key: value for key, value in result["summary"].items() if key != "fgsm8_top1"}
+    text, old = ((folder / "checkpoint.md").read_text() for folder in (tmp_path, small_run / "evaluation"))
+    headings = ["## Clean", "## Calibration", "## Corruptions", "## FGSM", "## PGD"]
+    assert [line for line in text.splitlines() if line.startswith("## ")] == headings
+    assert text.split("## PGD")[1] == old.split("## PGD")[1]
+    # of other images nothing stays
+    _, found = evaluate(*words, "--parts", "clean", "--images", 2, "--out", tmp_path)
+    assert found["summary"].keys() == {"clean_top1", "clean_top5"}
+    assert "## PGD" not in (tmp_path / "checkpoint.md").read_text()
+    # nor if what is there is damaged
+    (tmp_path / "checkpoint.json").write_text("[]")
+    assert evaluate(*words, "--parts", "clean", "--images", 2, "--out", tmp_path)[1]["summary"] == found["summary"]
+
+
 def test_published_weights_take_their_settings_from_the_flags(
     result: dict[str, Any], small_run: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -404,6 +428,10 @@ def test_published_arrays_are_read_where_they_are(
     assert found["summary"]["corruption_error"] == pytest.approx(40)  # saturate is none of the benchmark's
     assert "2 of the benchmark's 15" in found["corruptions"]
     assert "made here" not in found["corruptions"]
+    for name in ("fog", "snow"):
+        (tmp_path / "arrays" / f"{name}.npy").unlink()
+    _, found = evaluate(*words, "--corruptions_dir", tmp_path / "arrays", "--out", tmp_path / "extra")
+    assert "0 of the benchmark's 15" in found["corruptions"]
 
 
 def test_damaged_arrays_are_refused(words: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -426,8 +454,9 @@ def test_damaged_arrays_are_refused(words: list[object], tmp_path: Path, capsys:
     refused(1, "(50, 16, 16, 3)")
     np.save(folder / "fog.npy", np.array([{}] * 50, dtype=object), allow_pickle=True)
     refused(1, "fog.npy")
-    np.save(folder / "labels.npy", np.tile(labels + 1, 5))
-    refused(1, "3 classes")
+    for other in (labels + 1, labels % 2):
+        np.save(folder / "labels.npy", np.tile(other, 5))
+        refused(1, "3 classes")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from scripts import summarize
 from tests.common import ROOT, SAGE, SMALL, main
 from utils import records
+from utils.files import UserError
 from utils.results import grouped, read_roots, write_table
 
 SETTINGS = {
@@ -40,7 +41,8 @@ def make_run(
     if rows:
         records.write_metrics(folder / "metrics.csv", rows)
     if done == config["settings"]["epochs"]:  # type: ignore[index]
-        records.write_json(folder / "result.json", {"final_top1": records.final_accuracy(rows)[0]})
+        best = max(row["test_top1"] for row in rows)
+        records.write_json(folder / "result.json", {"final_top1": records.final_accuracy(rows)[0], "best_top1": best})
     return folder
 
 
@@ -152,8 +154,9 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
         ("metrics.csv", "epoch\n0\n1\n2\n3\n", "test_top1"),
         ("metrics.csv", None, "0 epochs"),
         ("metrics.csv", b"\xff\x00", "decode"),
-        ("result.json", '{"final_top1": 12}', "result.json ends at 12"),
-        ("result.json", '{"final_top1": "many"}', "TypeError"),
+        ("result.json", '{"final_top1": 12, "best_top1": 70}', "result.json ends at 12"),
+        ("result.json", '{"final_top1": "many", "best_top1": 70}', "TypeError"),
+        ("result.json", '{"final_top1": 70, "best_top1": 71}', "71 for the best"),
         ("evaluation/checkpoint.json", "{}", "summary"),
     ],
 )
@@ -174,18 +177,95 @@ def test_damaged_folders_are_listed(tmp_path: Path, name: str, content: str | by
     assert shown(tmp_path / "runs.csv") == text
 
 
+def evaluated(folder: Path, name: str = "checkpoint", images: int = 9, **changed: Any) -> None:
+    """What scripts/evaluate.py leaves in a run's folder."""
+    summary = {"clean_top1": 70.0, "corruption_error": 40.0, "fgsm4_top1": 12.0, "ece": 5.0}
+    summary |= {key: changed.pop(key) for key in [*changed] if key in summary}
+    content = {"subset": images, "fgsm": [{}], "calibration": {"bins": 15}, "summary": summary, "epochs": 4}
+    content["corruptions"] = f"arrays in /home/me; {images} images, seed {images}"
+    (folder / "evaluation").mkdir(exist_ok=True)
+    (folder / "evaluation" / f"{name}.json").write_text(json.dumps(content | changed))
+
+
 def test_robustness_is_shown_where_it_was_measured(tmp_path: Path) -> None:
     for seed in (1, 2):
-        folder = make_run(tmp_path / "runs", "vanilla", seed) / "evaluation"
-        folder.mkdir()
-        summary = {"clean_top1": 70.0, "corruption_error": 40.0 + seed, "fgsm4_top1": 12.0, "ece": 5.0}
-        content = {"summary": summary, "corruptions": f"arrays in /home/me; 9 images, seed {seed}"}
-        (folder / "checkpoint.json").write_text(json.dumps(content))
+        evaluated(make_run(tmp_path / "runs", "vanilla", seed), corruption_error=40.0 + seed)
     make_run(tmp_path / "runs", "vanilla", 3)
     text = shown(tmp_path / "runs")
     assert "| clean | mCE | FGSM 4 | ECE |" in text
     assert cells(text, "Vanilla")[2][-3:] == ["41.50 ± 0.71 (2)", "12.00 ± 0.00 (2)", "5.00 ± 0.00 (2)"]
-    assert "corruptions: published arrays; 9 images." in text
+    assert "corruptions: published arrays; 9 images; attacks: 9 images; calibration: 15 bins." in text
+
+
+def test_robustness_of_another_kind_is_neither_averaged_nor_compared(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        evaluated(make_run(tmp_path / "runs", "vanilla", seed))
+    evaluated(make_run(tmp_path / "runs", "vanilla", 3), images=2, corruption_error=90.0, fgsm4_top1=90.0, ece=6.5)
+    evaluated(make_run(tmp_path / "runs", "cutmix", 1), "model_best", ece=90.0)
+    own = "corruptions made here (utils/robustness.py; not CIFAR-10-C); 9 images, seed 0"
+    evaluated(make_run(tmp_path / "runs", "sage", 1), corruptions=own)
+    text = write(tmp_path / "runs", tmp_path / "out")
+    assert cells(text, "Vanilla")[2][-4:] == ["70.00 ± 0.00", "40.00 ± 0.00 (2)", "12.00 ± 0.00 (2)", "5.50 ± 0.87"]
+    assert cells(text, "CutMix")[2][-4:] == ["70.00", "–", "–", "–"]
+    assert cells(text, "SAGE")[2][-4:] == ["70.00", "–", "12.00", "5.00"]
+    assert "(not shown: runs with made here (utils/robustness.py; not CIFAR-10-C); 9 images; published" in text
+    with open(tmp_path / "out" / "summary.csv", newline="") as file:
+        means = {row["method"]: row["corruption_error_mean"] for row in csv.DictReader(file)}
+    assert means == {"Vanilla": "40.0000", "CutMix": "", "SAGE": ""}
+
+
+def test_an_evaluation_before_the_end_of_the_run_does_not_count(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "runs", "vanilla", 1)
+    evaluated(folder, epochs=2)
+    assert "mCE" not in shown(tmp_path / "runs")
+    evaluated(folder, "model_best", epochs=2)  # is of an epoch before the last by its nature
+    assert "attacks: 9 images (model_best)" in shown(tmp_path / "runs")
+
+
+def test_the_best_is_bold_where_it_is_of_as_many_seeds(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        make_run(tmp_path / "runs", "vanilla", seed, 70.0)
+        make_run(tmp_path / "runs", "input", seed, 70.0)
+    assert shown(tmp_path / "runs").count("**70.00 ± 0.00 (2)**") == 4  # final and best of both
+    make_run(tmp_path / "runs", "sage", 1, 72.0)
+    assert "**" not in shown(tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"curve": "50 70 70"},
+        {"epochs_done": "3", "curve": "50 70 70"},
+        {"start_epoch": "x"},
+        {"start_epoch": "1"},
+        {"final": "71 72"},
+        {"final": "170"},
+        {"best": "-1"},
+        {"date": ""},
+        {"seconds_per_epoch": "0"},
+        {"state": "damaged"},
+    ],
+    ids=str,
+)
+def test_tables_that_were_edited_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], values: dict[str, str]
+) -> None:
+    make_run(tmp_path / "runs", "vanilla", 1)
+    (row,) = read_roots([tmp_path / "runs"])
+    write_table(tmp_path / "runs.csv", [row | values])
+    assert summarize.main([str(tmp_path / "runs.csv"), "--out", str(tmp_path / "out")]) == 1
+    assert "line 2, is no run" in capsys.readouterr().err
+
+
+def test_tables_of_a_spreadsheet_are_read(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", "vanilla", 1, dataset="digits")
+    write_table(tmp_path / "runs.csv", read_roots([tmp_path / "runs"]))
+    content = (tmp_path / "runs.csv").read_bytes()
+    (tmp_path / "marked.csv").write_bytes(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))
+    assert read_roots([tmp_path / "marked.csv"]) == read_roots([tmp_path / "runs"])
+    (tmp_path / "short.csv").write_bytes(content.replace(b"dataset,", b"data,", 1))
+    with pytest.raises(UserError, match="no column dataset"):
+        read_roots([tmp_path / "short.csv"])
 
 
 def test_hostile_names_are_escaped(tmp_path: Path) -> None:
@@ -200,6 +280,30 @@ def test_hostile_names_are_escaped(tmp_path: Path) -> None:
         assert line.startswith("%") or not re.search(r"(?<!\\)[_&%#](?! )", line), line
         assert line.startswith("%") or line.isascii(), line
     assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == latex.count(r"\end{table}") == 3
+
+
+def test_folders_that_say_nonsense_are_listed(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", "vanilla", 1)
+    for seed, (name, value) in enumerate([("started", ""), ("started", 5), ("device", ["a"])], start=2):
+        path = make_run(tmp_path / "runs", "vanilla", seed) / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    slow = make_run(tmp_path / "runs", "vanilla", 5, seconds=0)
+    (slow / "metrics.csv").touch()
+    high = make_run(tmp_path / "runs", "vanilla", 6, top1=170)
+    long = make_run(tmp_path / "runs", "vanilla", 7)
+    (long / "metrics.csv").write_text((long / "metrics.csv").read_text().replace("\n3,", "\n3,0,0,"))
+    assert high.exists()
+    text = shown(tmp_path / "runs")
+    assert [cells(text, f"vanilla_seed{seed}")[0][0] for seed in range(2, 8)] == ["damaged"] * 6
+    assert cells(text, "Vanilla")[0] == ["70.00 (1)"]
+
+
+def test_nothing_finished_makes_no_tables(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", "vanilla", 1, done=2)
+    text = write(tmp_path / "runs", tmp_path / "out")
+    assert text.startswith("No run is finished")
+    assert "| method |" not in text
+    assert cells(text, "vanilla_seed1")[0][0] == "unfinished"
 
 
 def test_texts_are_refreshed(runs: Path, tmp_path: Path) -> None:
@@ -236,7 +340,7 @@ def test_committed_results_are_what_their_tables_say(name: str) -> None:
         (2, "--unknown 1", "--unknown"),
         (1, "nowhere", "there is no nowhere"),
         (1, "EMPTY", "holds no run"),
-        (1, "BAD.csv", "line 2"),
+        (1, "BAD.csv", "no column dataset"),
         (1, "RUNS --out BAD.csv", "BAD.csv"),
         (1, "--refresh nowhere.md", "nowhere.md"),
         (1, "--refresh OPEN.md", "each closed"),

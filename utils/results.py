@@ -8,6 +8,7 @@ import math
 import re
 import statistics
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +27,13 @@ NAMES = ["dataset", "arch", "method", "seed", "add_name"]
 TRAINING = [name for name in FLAGS if name not in {*NAMES, *setting_defaults(), *options.NOT_PART_OF_A_RUN}]
 RESULTS = ["final", "spread", "best", "best_epoch"]
 COSTS = ["seconds_per_epoch", "images_per_second", "hours", "peak_memory_gb"]
-ROBUSTNESS = ["clean_top1", "corruption_error", "fgsm4_top1", "fgsm8_top1", "ece"]
+ATTACKS = ["fgsm4_top1", "fgsm8_top1", "pgd4_top1", "pgd8_top1"]
+HOW = {"corruptions": ["corruption_error"], "attacks": ATTACKS, "calibration": ["ece"]}  # how → what was measured so
+ROBUSTNESS = ["clean_top1", *(name for names in HOW.values() for name in names)]
 # What the runs of one cell of a table have in common: its column and its row.
 COLUMN, ROW = ["dataset", "arch", *TRAINING, "classes"], ["method", "settings", "add_name"]
 COLUMNS = [
-    *[*NAMES, "settings", "state", "epochs_done", *RESULTS, *COSTS, *ROBUSTNESS, "corruptions", *TRAINING, "classes"],
+    *[*NAMES, "settings", "state", "epochs_done", *RESULTS, *COSTS, *ROBUSTNESS, *HOW, *TRAINING, "classes"],
     *["device", "torch", "commit", "date", "run", "command", "note", "curve"],
 ]
 
@@ -82,9 +85,11 @@ def order(row: Row) -> Any:
 def read_table(path: Path) -> list[Row]:
     """The rows of a runs.csv; flags that are younger than it have their defaults."""
     rows: list[Row] = []
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(file, restval="")
         try:
+            if missing := {*COLUMNS} - {*TRAINING} - {*(reader.fieldnames or ())}:
+                raise ValueError(f"there is no column {min(missing, key=COLUMNS.index)}")
             for found in reader:
                 rows.append({name: found.get(name, text_of(FLAGS.get(name))) for name in COLUMNS})
                 check(rows[-1])
@@ -101,7 +106,7 @@ def read_run(folder: Path) -> Row:
             raise ValueError("no config.json: it ended before training began")
         row |= settings_of(records.read_json(folder / "config.json"))
         row |= numbers_of(folder, int(row["start_epoch"]), int(row["epochs"]))
-        row |= robustness_of(folder)
+        row |= robustness_of(folder, row["epochs_done"])
         if row["state"] != "finished":
             log = folder / "log.txt"
             begun = re.findall(
@@ -143,6 +148,8 @@ def numbers_of(folder: Path, first: int, end: int) -> Row:
     """What metrics.csv and result.json say of a run; ``ValueError`` where they contradict each other."""
     path, final = folder / "metrics.csv", math.nan
     epochs = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))) if path.exists() else []
+    if any(None in row for row in epochs):
+        raise ValueError("metrics.csv has a row that is too long")
     if [row["epoch"] for row in epochs] != [str(i) for i in range(first, first + len(epochs))]:
         raise ValueError("metrics.csv skips an epoch")
     numbers: dict[str, float] = {}
@@ -155,35 +162,64 @@ def numbers_of(folder: Path, first: int, end: int) -> Row:
         numbers |= zip(COSTS, (median(seconds), median(rates), sum(seconds) / 3600, max(memory)), strict=True)
     finished = (folder / "result.json").exists()
     if finished:
-        said = records.read_json(folder / "result.json")["final_top1"]
-        if len(epochs) != end - first or not abs(said - final) < 1e-3:
-            raise ValueError(f"result.json ends at {said}, metrics.csv at {final:g} with {len(epochs)} epochs")
+        result = records.read_json(folder / "result.json")
+        said, best = result["final_top1"], result["best_top1"]
+        if len(epochs) != end - first or not (abs(said - final) < 1e-3 and abs(best - numbers["best"]) < 1e-3):
+            raise ValueError(
+                f"result.json ends at {said} and has {best} for the best, metrics.csv {final:g} and "
+                f"{numbers.get('best', math.nan):g} with {len(epochs)} epochs"
+            )
     curve = " ".join(f"{value:.7g}" for value in top1) if epochs else ""
     state = {"state": "finished" if finished else "unfinished", "epochs_done": str(len(epochs)), "curve": curve}
     return {**state, **{name: f"{value:.7g}" for name, value in numbers.items()}}
 
 
-def robustness_of(folder: Path) -> Row:
-    """What scripts/evaluate.py measured of the last checkpoint, or else of another."""
+def robustness_of(folder: Path, epochs: str) -> Row:
+    """What scripts/evaluate.py measured of the last checkpoint, or else of another, and how."""
     for path in sorted(folder.glob("evaluation/*.json")):
         found = records.read_json(path)
+        if path.stem == "checkpoint" and str(found.get("epochs", epochs)) != epochs:
+            continue  # of an earlier state of the run
         numbers = {name: found["summary"].get(name) for name in ROBUSTNESS}
         row = {name: f"{value:.7g}" for name, value in numbers.items() if value is not None}
-        kind = re.sub(r"^arrays in .*;", "published arrays;", found.get("corruptions", ""))
-        return {**row, "corruptions": re.sub(r", seed \d+$", "", kind)}
+        corruptions = re.sub(r"^corruptions |, seed \d+$", "", found.get("corruptions", ""))
+        how = {"corruptions": re.sub(r"^arrays in .*;", "published arrays;", corruptions)}
+        if "fgsm" in found or "pgd" in found:
+            how["attacks"] = f"{found['subset']:,} images"
+        if "pgd" in found:
+            steps = found["pgd"][0]
+            size = steps["step_size_of_255"] / steps["eps_of_255"]
+            how["attacks"] += f", PGD of {steps['steps']} steps of {size:g} eps, {steps['restarts']} starts"
+        if "calibration" in found:
+            how["calibration"] = f"{found['calibration']['bins']} bins"
+        of = "" if path.stem == "checkpoint" else f" ({path.stem})"
+        return {**row, **{name: text + of for name, text in how.items() if text}}
     return {}
 
 
 def check(row: Row) -> None:
     """Raise ``ValueError`` where a row is none of a run."""
+    if not all(isinstance(value, str) for value in row.values()):
+        raise ValueError("a value is not a text")
     if row["state"] == "damaged":
+        if row["curve"]:
+            raise ValueError("a damaged run has a curve")
         return
     if row["state"] not in ("finished", "unfinished") or row["method"] not in METHODS:
         raise ValueError(f"state {row['state']!r}, method {row['method']!r}")
-    needed = ["seed", "epochs", *([*RESULTS, *COSTS, "curve"] if row["state"] == "finished" else [])]
-    texts = [text for name in [*RESULTS, *COSTS, *ROBUSTNESS, "curve"] for text in row[name].split()]
-    if not all(math.isfinite(float(text)) for text in [*texts, *(row[name].split(" ")[0] for name in needed)]):
+    finished = row["state"] == "finished"
+    needed = ["seed", "epochs", "start_epoch", "epochs_done", *([*RESULTS, *COSTS] if finished else [])]
+    texts = [row[name] for name in [*RESULTS, *COSTS, *ROBUSTNESS] if row[name]] + row["curve"].split()
+    if not all(math.isfinite(float(text)) for text in [*texts, *(row[name] for name in needed)]):
         raise ValueError("a number is not finite")
+    percents = [row["final"], row["best"], row["clean_top1"], *row["curve"].split()]
+    if not all(0 <= float(text) <= 100 for text in percents if text):
+        raise ValueError("an accuracy is not within 0 and 100 %")
+    done, whole = int(row["epochs_done"]), int(row["epochs"]) - int(row["start_epoch"])
+    if len(row["curve"].split()) != done or (finished and done != whole):
+        raise ValueError(f"{len(row['curve'].split())} accuracies of {done} epochs, where {whole} make the run")
+    if not re.match(r"\d{4}-\d\d-\d\d", row["date"]) or (finished and not float(row["seconds_per_epoch"]) > 0):
+        raise ValueError(f"date {row['date']!r}, {row['seconds_per_epoch']} s an epoch")
 
 
 def write_table(path: Path, rows: Iterable[Row]) -> None:
@@ -234,7 +270,7 @@ def words(key: Key) -> list[str]:
 
 def grouped(rows: Sequence[Row], state: str = "finished") -> tuple[list[Group], list[Row]]:
     """Runs that are averaged, in the tables' order, and the runs of a seed that another run has."""
-    rows = [row for row in rows if row["state"] != "damaged"]
+    rows = comparable([row for row in rows if row["state"] != "damaged"])
     columns, labels = column_names(rows), row_names(rows)
     groups: dict[tuple[str, str], dict[str, Row]] = {}
     repeated = []
@@ -244,6 +280,19 @@ def grouped(rows: Sequence[Row], state: str = "finished") -> tuple[list[Group], 
             if seeds.setdefault(row["seed"], row) is not row:
                 repeated.append(row)
     return [Group(*names, list(seeds.values())) for names, seeds in groups.items()], repeated
+
+
+def comparable(rows: Sequence[Row]) -> list[Row]:
+    """The rows, without the robustness that was measured otherwise than for most of their column."""
+    counts: dict[tuple[Key, str], Counter[str]] = {}
+    for row in rows:
+        for how in HOW:
+            counts.setdefault((key_of(row, COLUMN), how), Counter())[row[how]] += bool(row[how])
+    usual = {key: counter.most_common(1)[0][0] for key, counter in counts.items()}
+    return [
+        row | {name: "" for how in HOW if row[how] != usual[key_of(row, COLUMN), how] for name in HOW[how]}
+        for row in rows
+    ]
 
 
 def relative_cost(group: Group, groups: Sequence[Group]) -> float:
