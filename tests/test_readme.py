@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ import torch
 import main
 from load_data import Data, Split, train_batches
 from mixup import METHODS
-from tests.common import ROOT
+from tests.common import ENVIRONMENT, ROOT
 from utils import options
 from utils.distributed import World
 from utils.runtime import StopSignal
@@ -75,6 +78,55 @@ def test_your_own_loop() -> None:
     assert mixed.shape == images.shape
     assert sorted(partner.tolist()) == [0, 1, 2, 3]
     assert ((ratio > 0) & (ratio < 1)).all()
+
+
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+TYPED = [line for block in BLOCKS if not block.startswith("# needs ") for line in block.splitlines()]
+# what a command of the page is run with instead of its words, so that it takes seconds
+SHORTER = [
+    (
+        r"^bash scripts/quickstart.sh.*",
+        "ROOT_DIR=RUNS NGPU=0 bash scripts/quickstart.sh --epochs 2 --schedule 1 --gammas 0.1",
+    ),
+    (r"^bash scripts/sweep.sh", "bash scripts/sweep.sh --dry_run"),
+    (
+        r"^python3 main.py --dataset folder .*",
+        r"\g<0> --initial_channels 2 --epochs 1 --schedule 1 --gammas 1 --batch_size 8",
+    ),
+    (r"--images 100", "--images 1 --ngpu 0"),
+    (r"--out paper", "--out RUNS/paper"),
+    (r"^python3", sys.executable),
+]
+LEAVES = {
+    "quickstart": "RUN/curves.png",
+    "evaluate.py": "RUN/evaluation/checkpoint_corruptions.png",
+    "summarize": "RUNS/paper/summary.tex",
+    "--dataset folder": "RUNS/folder*/mixed.png",
+}
+
+
+def test_commands_of_the_page_are_run_or_say_what_they_need(tree: Path, tmp_path: Path) -> None:
+    """As typed, in their order, but for their size: quickstart, sweep, tables, evaluation, a tree of images."""
+    assert len(TYPED) >= 6
+    left = dict(LEAVES)
+    for line in TYPED:
+        if line.startswith("bash scripts/test.sh"):
+            continue  # is running
+        command = line
+        for pattern, words in SHORTER:
+            command = re.sub(pattern, words, command)
+        run = next(iter(tmp_path.glob("digits*")), tmp_path / "none")
+        for word, path in (("RUNS", tmp_path), ("RUN", run), ("PATH", tree)):
+            command = re.sub(rf"\b{word}\b", shlex.quote(str(path)), command)
+        environment = ENVIRONMENT | {"PYTHON": sys.executable}
+        done = subprocess.run(
+            command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+        for name in [name for name in left if name in line]:
+            pattern = left.pop(name).replace("RUNS/", "").replace("RUN/", "digits*/")
+            assert list(tmp_path.glob(pattern)), f"{line} leaves no {pattern}"
+    assert not left
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"bash (scripts/\S+\.sh)", README))
