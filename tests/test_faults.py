@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,9 @@ def test_killed_at_random_moments_a_run_ends_the_same(words: list[object], tmp_p
             if kills < KILLS:
                 delay = delays.uniform(0, duration)
                 child.process.join(delay)
-                if child.process.exitcode is None:
-                    child.send(signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has ended just now
+                    if child.process.exitcode is None:
+                        child.send(signal.SIGKILL)
             code, said = child.end()
             assert code in (0, -signal.SIGKILL), said
             ended = code == 0

@@ -86,7 +86,7 @@ TYPED = [line for block in BLOCKS if not block.startswith("# needs ") for line i
 SHORTER = [
     (
         r"^bash scripts/quickstart.sh.*",
-        "ROOT_DIR=RUNS NGPU=0 bash scripts/quickstart.sh --epochs 2 --schedule 1 --gammas 0.1",
+        "ROOT_DIR=RUNS NGPU=0 bash scripts/quickstart.sh --epochs 1 --schedule 1 --gammas 0.1",
     ),
     (r"^bash scripts/sweep.sh", "bash scripts/sweep.sh --dry_run"),
     (
