@@ -61,7 +61,7 @@ def best_offsets(a: Tensor, b: Tensor, candidates: Any = None) -> Tensor:
         a, b = a.float(), b.float()
     height, width = a.shape[1:]
     if candidates is None:
-        return _best_of(a, b, _every_offset(height, width, a.device), approximate_scores(a, b))
+        return _best_of(a, b, every_offset(height, width, a.device), approximate_scores(a, b))
     candidates = torch.as_tensor(candidates, dtype=torch.int64)
     _check_candidates(candidates, height, width)
     on_device = candidates.to(a.device, non_blocking=True)
@@ -149,7 +149,7 @@ def _mass_in_frame(turned: Tensor) -> Tensor:
     return (columns[:, :, width:] - columns[:, :, :-width]).to(turned.dtype) * 2.0**-32
 
 
-def _every_offset(height: int, width: int, device: torch.device) -> Tensor:
+def every_offset(height: int, width: int, device: torch.device) -> Tensor:
     """[(2H−1)(2W−1), 2] int64: every (dy, dx) that leaves some overlap, row-major."""
     return torch.cartesian_prod(
         torch.arange(1 - height, height, device=device), torch.arange(1 - width, width, device=device)

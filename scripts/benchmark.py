@@ -502,8 +502,7 @@ def maps_of(count: int, side: int, device: torch.device) -> tuple[Tensor, Tensor
 
 def brute_force(a: Tensor, b: Tensor, candidates: Tensor) -> Tensor:
     """The best of all offsets by scoring each pixel by pixel."""
-    scores = [exact_scores(a, b, part.expand(len(a), -1, -1)) for part in candidates.split(256)]
-    return candidates[torch.cat(scores, dim=1).argmax(dim=1)]
+    return candidates[exact_scores(a, b, candidates.expand(len(a), -1, -1)).argmax(dim=1)]
 
 
 def draw_search(path: Path, result: dict[str, Any], about: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ import main as program
 from load_data import test_batches
 from mixup import build_method
 from mixup.base import bce_loss, one_hot
-from mixup.sage import best_offsets, blend, exact_scores, gaussian_blur
+from mixup.sage import best_offsets, blend, every_offset, exact_scores, gaussian_blur
 from mixup.saliency import input_gradient, mean_magnitude, ones_where_zero
 from utils import options, results
 from utils.files import BadArguments, UserError, atomic_write
@@ -120,9 +120,9 @@ def search_pairs(args: argparse.Namespace) -> tuple[dict[float, Any], dict[float
 
 def best_score(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The highest score [B] there is for each pair, by trying every offset."""
-    rows, columns = (torch.arange(1 - size, size, device=a.device) for size in a.shape[1:])
-    parts = torch.cartesian_prod(rows, columns).split(256)
-    return torch.stack([exact_scores(a, b, part.expand(len(a), -1, -1)).amax(dim=1) for part in parts]).amax(dim=0)
+    _, height, width = a.shape
+    offsets = every_offset(height, width, a.device)
+    return exact_scores(a, b, offsets.expand(len(a), -1, -1)).amax(dim=1)
 
 
 def synchronise(device: torch.device) -> None:
