@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import platform
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,9 @@ from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
@@ -284,4 +288,5 @@ def finish(job: train.Run) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

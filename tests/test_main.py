@@ -216,3 +216,11 @@ def test_momentum_takes_the_layout_of_the_weights(tree: Path, tmp_path: Path) ->
         one.optimizer.step()
     for before, after in zip(run.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(before, after)
+
+
+def test_ctrl_c_during_the_imports_ends_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "main.py"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ""
