@@ -25,7 +25,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce as summed_with_gradient
 from torch.nn.parallel import DistributedDataParallel
 
 from .files import BadArguments, UserError
@@ -201,6 +200,18 @@ def data_parallel(model: nn.Module, weight: ImageWeight) -> nn.Module:
     return parallel
 
 
+class SummedWithGradient(torch.autograd.Function):
+    """The sum of a tensor over all ranks, forward and backward (PyTorch's own warns that it will go)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return total(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return total(gradient)
+
+
 class SyncBatchNorm(nn.BatchNorm2d):
     """Batch norm with the statistics of the whole batch over all ranks, on any device (PyTorch's own needs a GPU)."""
 
@@ -212,13 +223,14 @@ class SyncBatchNorm(nn.BatchNorm2d):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         given, x = x.dtype, x.float()  # with --fast it comes in bfloat16, which cannot even count the pixels
+        summed: Any = SummedWithGradient.apply
         count = x.new_full((1,), x.numel() / x.shape[1])
         # two exchanges, mean first, are as accurate as one process; a sum of squares is not
-        sums = summed_with_gradient(torch.cat([x.sum((0, 2, 3)), count]))
+        sums = summed(torch.cat([x.sum((0, 2, 3)), count]))
         number = sums[-1].detach()
         mean = sums[:-1] / number
         centred = x - mean[:, None, None]
-        variance = summed_with_gradient(centred.square().sum((0, 2, 3))) / number
+        variance = summed(centred.square().sum((0, 2, 3))) / number
         with torch.no_grad():
             momentum = 0.1 if self.momentum is None else self.momentum
             self.num_batches_tracked.add_(1)
