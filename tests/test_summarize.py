@@ -15,7 +15,7 @@ from scripts import summarize
 from tests.common import ROOT, SAGE, SMALL, main
 from utils import records
 from utils.files import UserError
-from utils.results import grouped, read_roots, write_table
+from utils.results import ROBUSTNESS, grouped, read_roots, write_table
 
 SETTINGS = {
     "dataset": "cifar10", "labels_per_class": 500, "arch": "preactresnet18", "initial_channels": 16, "epochs": 4,
@@ -180,7 +180,7 @@ def test_damaged_folders_are_listed(tmp_path: Path, name: str, content: str | by
 def evaluated(folder: Path, name: str = "checkpoint", images: int = 9, **changed: Any) -> None:
     """What scripts/evaluate.py leaves in a run's folder."""
     summary = {"clean_top1": 70.0, "corruption_error": 40.0, "fgsm4_top1": 12.0, "ece": 5.0}
-    summary |= {key: changed.pop(key) for key in [*changed] if key in summary}
+    summary |= {key: changed.pop(key) for key in [*changed] if key in ROBUSTNESS}
     content = {"subset": images, "fgsm": [{}], "calibration": {"bins": 15}, "summary": summary, "epochs": 4}
     content["corruptions"] = f"arrays in /home/me; {images} images, seed {images}"
     (folder / "evaluation").mkdir(exist_ok=True)
@@ -194,7 +194,7 @@ def test_robustness_is_shown_where_it_was_measured(tmp_path: Path) -> None:
     text = shown(tmp_path / "runs")
     assert "| clean | mCE | FGSM 4 | ECE |" in text
     assert cells(text, "Vanilla")[2][-3:] == ["41.50 ± 0.71 (2)", "12.00 ± 0.00 (2)", "5.00 ± 0.00 (2)"]
-    assert "corruptions: published arrays; 9 images; attacks: 9 images; calibration: 15 bins." in text
+    assert "corruptions: published arrays; 9 images; FGSM: 9 images; calibration: 15 bins." in text
 
 
 def test_robustness_of_another_kind_is_neither_averaged_nor_compared(tmp_path: Path) -> None:
@@ -214,12 +214,21 @@ def test_robustness_of_another_kind_is_neither_averaged_nor_compared(tmp_path: P
     assert means == {"Vanilla": "40.0000", "CutMix": "", "SAGE": ""}
 
 
+def test_fgsm_counts_whether_or_not_pgd_was_measured_too(tmp_path: Path) -> None:
+    steps = {"steps": 10, "eps_of_255": 4, "step_size_of_255": 1, "restarts": 1}
+    evaluated(make_run(tmp_path / "runs", "vanilla", 1), pgd=[steps], pgd4_top1=1.0, fgsm4_top1=10.0)
+    evaluated(make_run(tmp_path / "runs", "vanilla", 2), fgsm4_top1=14.0)
+    text = shown(tmp_path / "runs")
+    assert cells(text, "Vanilla")[2][-3:] == ["12.00 ± 2.83", "1.00 (1)", "5.00 ± 0.00"]
+    assert "FGSM: 9 images; PGD: 9 images, 10 steps of 0.25 eps, 1 starts; calibration" in text
+
+
 def test_an_evaluation_before_the_end_of_the_run_does_not_count(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "runs", "vanilla", 1)
     evaluated(folder, epochs=2)
     assert "mCE" not in shown(tmp_path / "runs")
     evaluated(folder, "model_best", epochs=2)  # is of an epoch before the last by its nature
-    assert "attacks: 9 images (model_best)" in shown(tmp_path / "runs")
+    assert "FGSM: 9 images (model_best)" in shown(tmp_path / "runs")
 
 
 def test_the_best_is_bold_where_it_is_of_as_many_seeds(tmp_path: Path) -> None:

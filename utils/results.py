@@ -27,8 +27,12 @@ NAMES = ["dataset", "arch", "method", "seed", "add_name"]
 TRAINING = [name for name in FLAGS if name not in {*NAMES, *setting_defaults(), *options.NOT_PART_OF_A_RUN}]
 RESULTS = ["final", "spread", "best", "best_epoch"]
 COSTS = ["seconds_per_epoch", "images_per_second", "hours", "peak_memory_gb"]
-ATTACKS = ["fgsm4_top1", "fgsm8_top1", "pgd4_top1", "pgd8_top1"]
-HOW = {"corruptions": ["corruption_error"], "attacks": ATTACKS, "calibration": ["ece"]}  # how → what was measured so
+HOW = {  # how → what was measured so
+    "corruptions": ["corruption_error"],
+    "FGSM": ["fgsm4_top1", "fgsm8_top1"],
+    "PGD": ["pgd4_top1", "pgd8_top1"],
+    "calibration": ["ece"],
+}
 ROBUSTNESS = ["clean_top1", *(name for names in HOW.values() for name in names)]
 # What the runs of one cell of a table have in common: its column and its row.
 COLUMN, ROW = ["dataset", "arch", *TRAINING, "classes"], ["method", "settings", "add_name"]
@@ -184,12 +188,13 @@ def robustness_of(folder: Path, epochs: str) -> Row:
         row = {name: f"{value:.7g}" for name, value in numbers.items() if value is not None}
         corruptions = re.sub(r"^corruptions |, seed \d+$", "", found.get("corruptions", ""))
         how = {"corruptions": re.sub(r"^arrays in .*;", "published arrays;", corruptions)}
-        if "fgsm" in found or "pgd" in found:
-            how["attacks"] = f"{found['subset']:,} images"
+        if "fgsm" in found:
+            how["FGSM"] = f"{found['subset']:,} images"
         if "pgd" in found:
             steps = found["pgd"][0]
             size = steps["step_size_of_255"] / steps["eps_of_255"]
-            how["attacks"] += f", PGD of {steps['steps']} steps of {size:g} eps, {steps['restarts']} starts"
+            of_steps = f"{steps['steps']} steps of {size:g} eps, {steps['restarts']} starts"
+            how["PGD"] = f"{found['subset']:,} images, {of_steps}"
         if "calibration" in found:
             how["calibration"] = f"{found['calibration']['bins']} bins"
         of = "" if path.stem == "checkpoint" else f" ({path.stem})"
