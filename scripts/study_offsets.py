@@ -85,14 +85,14 @@ def search_pairs(args: argparse.Namespace) -> tuple[dict[float, Any], dict[float
     model, data, _ = program.open_checkpoint(settings, typed, device)
     model.train()  # as SAGE's saliency pass has it
     of_method = {**options.method_settings(settings), "rand_pos": 1.0} if settings.method == "sage" else {}
+    sage: Any = build_method("sage", settings.dataset, len(data.classes), **of_method)
     kept, shares, times = defaultdict(list), defaultdict(list), defaultdict(list)
     for number_of_batch, (images, labels) in enumerate(test_batches(data.test, data, batch_size=BATCH, device=device)):
         if len(images) < BATCH or number_of_batch * BATCH >= args.pairs:
             break
         rows = one_hot(labels, len(data.classes))
         gradient, _ = input_gradient(model, images, lambda logits, rows=rows: bce_loss(logits, rows))  # type: ignore[misc]
-        blur = settings.kernel_size, settings.blur_sigma
-        saliency = ones_where_zero(gaussian_blur(mean_magnitude(gradient), *blur))
+        saliency = ones_where_zero(gaussian_blur(mean_magnitude(gradient), sage.kernel_size, sage.blur_sigma))
         unit = saliency / saliency.sum(dim=(1, 2), keepdim=True)
         best = None
         lam = lam_of_each(number_of_batch, of_method, device)

@@ -1,4 +1,4 @@
-"""scripts/compare.py and scripts/benchmark.py as processes, at tiny sizes."""
+"""scripts/compare.py, benchmark.py and study_offsets.py at tiny sizes."""
 
 from __future__ import annotations
 
@@ -145,3 +145,31 @@ def test_benchmark_refuses_in_one_line(words: str, message: str, capsys: pytest.
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["sage", "vanilla"])
+def test_more_offsets_keep_more_of_the_score(tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str) -> None:
+    from scripts import study_offsets
+
+    torch.manual_seed(0)
+    settings = {"dataset": "digits", "arch": "preactresnet18", "initial_channels": 2, "method": method}
+    weights = build_model("preactresnet18", 10, initial_channels=2).state_dict()
+    torch.save({"settings": settings, "state_dict": weights}, tmp_path / "c.pth.tar")
+    words = ["--checkpoint", tmp_path / "c.pth.tar", "--data_dir", tmp_path, "--pairs", 100, "--ngpu", 0]
+    words += ["--plot", tmp_path / "p.png", "--runs"]
+    tables = [ROOT / "results" / name / "runs.csv" for name in ("offsets_40", "low_data_80")]
+    assert study_offsets.main([*map(str, words), str(tables[0])]) == 0
+    said = capsys.readouterr().out
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if "%" in line and "|" in line
+    ]
+    assert [row[0] for row in rows[1:]] == ["1%", "10%", "100%"]
+    scores = [float(row[2]) for row in rows[1:]]
+    assert scores == sorted(scores)
+    assert scores[0] < scores[2] == 1
+    assert all(len(row[-1].split(",")) == 3 for row in rows[1:])
+    assert float(said.split("at most ")[1].split()[0]) < 1e-6
+    assert pixels(tmp_path / "p.png").std() > 0
+
+    assert study_offsets.main([*map(str, words), *map(str, tables)]) == 1
+    assert "differ in more than --rand_pos and seed" in capsys.readouterr().err
