@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes .venv, installs requirements-dev.txt, and runs the whole test suite. Uses an existing environment with
-# PYTHON=/path/to/python. Further words go to pytest, e.g. scripts/test.sh -k sage.
+# PYTHON=/path/to/python. Further words go to pytest, e.g. scripts/test.sh -k sage; -n 8 for as many processes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
 setup requirements-dev.txt
-exec "$PYTHON" -m pytest "$@"
+export OMP_NUM_THREADS=1  # threads of several processes would stall each other
+exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
