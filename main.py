@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -201,9 +201,22 @@ def restore(job: train.Run) -> None:
                 # laid out as the weights are: the fused optimiser walks through both as they lie in memory
                 held["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
         job.progress = train.Progress(**state["progress"])
+    refuse_other_epochs(resume, job.progress, job.args)
     if job.folder and job.progress.rows:
         records.write_metrics(job.folder / "metrics.csv", job.progress.rows)
     log.info(f"continuing in epoch {job.progress.epoch}, step {job.progress.step}")
+
+
+def refuse_other_epochs(resume: str | Path, progress: train.Progress, args: argparse.Namespace) -> None:
+    """Raise ``BadArguments`` where --start_epoch and --epochs do not go with the epochs that a checkpoint holds."""
+    first = progress.rows[0]["epoch"] if progress.rows else progress.epoch
+    if args.start_epoch != first:
+        raise BadArguments(
+            f"--start_epoch {args.start_epoch}: {resume} was trained from epoch {first} on and continues in epoch "
+            f"{progress.epoch} by itself; give --start_epoch {first}"
+        )
+    if progress.epoch > args.epochs:
+        raise BadArguments(f"--epochs {args.epochs}: {resume} has had {progress.epoch} already")
 
 
 @contextmanager
@@ -212,7 +225,7 @@ def well_formed(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {path} is not a training state that can be continued: {error}") from error
+        raise UserError(f"checkpoint {path} does not hold what it should: {error}") from error
 
 
 def load_weights(model: torch.nn.Module, state: dict[str, Any], args: argparse.Namespace) -> None:
@@ -247,19 +260,24 @@ def describe(job: train.Run) -> str:
 
 
 def write_config(job: train.Run, folder: Path) -> None:
-    """Settings, versions, device, commit and command, as the run started or was last continued."""
+    """Settings, when the run was started, and versions, device, commit and command as it was last continued."""
     versions = {name: version(name) for name in ("torch", "torchvision", "numpy")}
+    started = now = time.strftime("%Y-%m-%d %H:%M:%S")
+    with suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or damaged
+        started = records.read_json(folder / "config.json")["started"]
     content = {
         "settings": job.settings,
         "arguments": vars(job.args),
         "command": options.command_line(),
         "classes": job.data.classes,
+        "images": {"train": len(job.data.train), "test": len(job.data.test)},
         "mean": job.data.mean,
         "std": job.data.std,
         "device": device_name(job.device),
         "versions": {"python": platform.python_version(), **versions},
         "git_commit": records.git_commit(),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "started": started,
+        "continued": now if now != started else None,
     }
     records.write_json(folder / "config.json", content)
 

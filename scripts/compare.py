@@ -68,11 +68,12 @@ SWAP = torch.tensor([1, 0])
 
 
 class Sources(NamedTuple):
-    """Three images [3, 3, H, W] in 0 … 1, their names, and, of a data set, their labels."""
+    """Three images [3, 3, H, W] in 0 … 1, their names, and, of a data set, their labels and its classes."""
 
     pixels: Tensor
     names: list[str]
-    labels: Tensor | None
+    labels: Tensor | None = None
+    classes: Sequence[str] = ()
 
 
 class Maps(NamedTuple):
@@ -172,7 +173,7 @@ def read_sources(args: argparse.Namespace) -> Sources:
         if not height or not width:
             raise UserError(f"images of {data.image_size} are smaller than {SIDE}×{SIDE}")
         pixels = data.test.images[chosen, :, :height, :width].float() / 255
-        return Sources(pixels, [data.classes[label] for label in labels], labels)
+        return Sources(pixels, [data.classes[label] for label in labels], labels, data.classes)
     paths = args.images or [
         Path(str(resources.files("sklearn.datasets.images") / "china.jpg")),
         Path(str(resources.files("sklearn.datasets.images") / "flower.jpg")),
@@ -187,7 +188,7 @@ def read_sources(args: argparse.Namespace) -> Sources:
         raise UserError(f"the smallest height and width of these images are below {SIDE} pixels")
     images = np.stack([load_data.read_image(str(path), height, width) for path in paths])
     names = [path.stem.replace("_", " ") for path in paths]
-    return Sources(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, names, None)
+    return Sources(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, names)
 
 
 def load_network(args: argparse.Namespace) -> tuple[nn.Module | None, dict[str, Any]]:
@@ -195,17 +196,18 @@ def load_network(args: argparse.Namespace) -> tuple[nn.Module | None, dict[str, 
     if not args.checkpoint:
         return None, {}
     state = checkpoint.load(args.checkpoint)
-    settings = state.get("settings", {})
-    arch = args.arch or settings.get("arch", "preactresnet18")
-    matrices = [
-        value for value in state.get("state_dict", state).values() if isinstance(value, Tensor) and value.ndim == 2
-    ]
-    if not matrices:
-        raise UserError(f"{args.checkpoint} holds no classifier")
-    classes = len(matrices[-1])
-    stride = 2 if (trained_side(settings, classes) or 0) >= 64 else 1
-    network = build_model(arch, classes, stride, settings.get("initial_channels", 64), settings.get("dropout", False))
-    program.load_weights(network, state, argparse.Namespace(resume=args.checkpoint, arch=arch))
+    with program.well_formed(args.checkpoint):
+        settings = state.get("settings", {})
+        arch = args.arch or settings.get("arch", "preactresnet18")
+        values = state.get("state_dict", state).values()
+        matrices = [value for value in values if isinstance(value, Tensor) and value.ndim == 2]
+        if not matrices:
+            raise UserError(f"{args.checkpoint} holds no classifier")
+        classes = len(matrices[-1])
+        stride = 2 if (trained_side(settings, classes) or 0) >= 64 else 1
+        width, dropout = settings.get("initial_channels", 64), settings.get("dropout", False)
+        network = build_model(arch, classes, stride, width, dropout)
+        program.load_weights(network, state, argparse.Namespace(resume=args.checkpoint, arch=arch))
     return network.eval(), {"arch": arch, **state}
 
 
@@ -237,7 +239,8 @@ def network_maps(network: nn.Module, state: dict[str, Any], sources: Sources, ar
     images /= std
     with torch.no_grad():
         guess = network(images).argmax(dim=1)
-    labels = sources.labels if sources.labels is not None and args.dataset == dataset else guess
+    known = args.dataset == dataset and sources.classes == state.get("classes", sources.classes)
+    labels = sources.labels if sources.labels is not None and known else guess
 
     def clean(logits: Tensor) -> Tensor:
         return bce_loss(logits, one_hot(labels, classes))

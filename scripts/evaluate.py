@@ -12,12 +12,13 @@ corruptions  top-1 error under each corruption at five severities, and their mea
 fgsm, pgd    top-1 accuracy under attack, in pixels of 0 … 1 with the normalisation inside the network
 
 --corruptions_dir is a folder with the published CIFAR-10-C or CIFAR-100-C arrays; they are also found as
-DATA/CIFAR-10-C or DATA/CIFAR-100-C. The mean is over the 15 of the benchmark; its four extra ones are listed beside it.
+DATA/CIFAR-10-C or DATA/CIFAR-100-C. Their labels count the classes in the order of their names. The mean is over the 15
+of the benchmark; its four extra ones are listed beside it.
 Without arrays, corruptions are made here: utils/robustness.py lists them. Results say so; they are not CIFAR-10-C's.
 
-The network runs in float32 (TF32 on GPUs that have it). What an earlier call measured of the same checkpoint and images
-stays where this one does not measure it anew. The same flags and seed give the same corrupted images and starts on
-every device.
+The network runs in float32 (TF32 on GPUs that have it). What an earlier call measured of the same checkpoint stays
+where this one does not measure it anew; of other --images or --seed it is kept under another name. The same flags and
+seed give the same corrupted images and starts on every device.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -63,7 +65,15 @@ BENCHMARK = {  # the published ones in the mean; speckle_noise, gaussian_blur, s
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
     *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 }
-HEADINGS = ("Clean", "Calibration", "Corruptions", "FGSM", "PGD")
+PARTS_OF = {  # heading → keys of the JSON
+    "Clean": ("clean",),
+    "Calibration": ("calibration",),
+    "Corruptions": ("corruptions", "corruptions_dir", "corruption_errors", "corruption_error"),
+    "FGSM": ("fgsm",),
+    "PGD": ("pgd",),
+}
+OF_ALL = ("sha256", "dataset", "arch", "classes", "images", "epochs")  # what results of one checkpoint agree in
+OF_SUBSET = ("subset", "subset_top1", "seed")  # and those under corruptions and attacks
 FEW = 20  # classes that a picture and a table show by name
 
 
@@ -129,8 +139,10 @@ def evaluate(args: argparse.Namespace, typed: set[str]) -> int:
     if warning:
         log.warning(f"warning: {warning}")
     set_precision(False)
-    command = options.command_line()
+    command, digest = options.command_line(), sha256(args.resume)
     model, data, epochs = program.open_checkpoint(args, typed, device)
+    if sha256(args.resume) != digest:
+        raise UserError(f"{args.resume} was written anew meanwhile; type the same command again")
     arrays = find_arrays(args) if "corruptions" in args.parts else None
     args.out = args.out or Path(args.resume).parent / "evaluation"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -139,12 +151,9 @@ def evaluate(args: argparse.Namespace, typed: set[str]) -> int:
     few = Split(data.test.images.cpu()[chosen], data.test.labels.cpu()[chosen])
     job = Job(model, data, few, device, args)
     logits = predict(job, data.test)
-    take_over(
-        job, dataset=data.name, arch=args.arch, classes=data.classes, images=len(data.test), subset=len(few),
-        subset_top1=top1(logits[chosen], few.labels), seed=args.seed, epochs=epochs,
-        sha256=hashlib.sha256(Path(args.resume).read_bytes()).hexdigest(),
-    )  # fmt: skip
     job.result.update(
+        sha256=digest, dataset=data.name, arch=args.arch, classes=data.classes, images=len(data.test), epochs=epochs,
+        subset=len(few), subset_top1=top1(logits[chosen], few.labels), seed=args.seed,
         checkpoint=str(args.resume), source=data.source, command=command, date=time.strftime("%Y-%m-%d"),
         device=device_name(device), git_commit=records.git_commit(),
         versions={name: version(name) for name in ("torch", "torchvision", "numpy")},
@@ -154,6 +163,7 @@ def evaluate(args: argparse.Namespace, typed: set[str]) -> int:
         f"and attacks: {len(few):,} of them, with a clean top-1 of {job.result['subset_top1']:.2f} %.",
         f"`{command}`",
     ]
+    set_aside(job)
     clean(job, logits)
     if "calibration" in args.parts:
         calibrate(job, logits)
@@ -161,34 +171,67 @@ def evaluate(args: argparse.Namespace, typed: set[str]) -> int:
     if "corruptions" in args.parts:
         corruptions(job, arrays)
         write(job)
-    if names := [name for name in ("fgsm", "pgd") if name in args.parts]:
-        attacks(job, names)
+    for name in [name for name in ("fgsm", "pgd") if name in args.parts]:
+        attacks(job, name)
         write(job)
+    draw_attacks(job, write(job))
     log.info(f"{job.path('.md')}\n{job.path('.json')}")
     return 0
 
 
-def take_over(job: Job, **same: Any) -> None:
-    """Begin with what an earlier call measured, if that was of the ``same``."""
-    job.result.update(same, summary={})
+def sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def earlier(job: Job) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Parts that other calls measured of this checkpoint, and their paragraphs. Of other images for corruptions and
+    attacks, the calibration, which is of all images."""
     try:
-        old, text = records.read_json(job.path(".json")), job.path(".md").read_text(encoding="utf-8")
-        if all(old[name] == value for name, value in same.items()):
-            job.result.update(old)
-            parts = [part.split("\n\n") for part in text.rstrip("\n").split("\n\n## ")[1:]]
-            job.text.update({heading: paragraphs for heading, *paragraphs in parts})
+        old, lines = records.read_json(job.path(".json")), job.path(".md").read_text(encoding="utf-8")
+        if any(old[name] != job.result[name] for name in OF_ALL):
+            return {}, {}
+        names = [*PARTS_OF] if all(old[name] == job.result[name] for name in OF_SUBSET) else ["Calibration"]
+        written = [part.split("\n\n") for part in lines.rstrip("\n").split("\n\n## ")[1:]]
+        text = {heading: paragraphs for heading, *paragraphs in written if heading in names}
+        return {key: old[key] for heading in text for key in PARTS_OF[heading]}, text
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or not one of these
-        return
+        return {}, {}
 
 
-def write(job: Job) -> None:
-    """What is there so far."""
+def set_aside(job: Job) -> None:
+    """Keep what was measured of this checkpoint on other images, under another name."""
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        old = records.read_json(job.path(".json"))
+        same = [all(old[name] == job.result[name] for name in names) for names in (OF_ALL, OF_SUBSET)]
+        if same == [True, False] and {"corruption_errors", "fgsm", "pgd"} & old.keys():
+            suffix = time.strftime(".old-%Y%m%d-%H%M%S")
+            for ending in (".json", ".md"):
+                job.path(ending).with_suffix(ending + suffix).write_bytes(job.path(ending).read_bytes())
+            log.warning(
+                f"warning: {job.path('.json')} holds corruptions or attacks of {old['subset']:,} other images; it is "
+                f"kept as {job.path('.json').name}{suffix}"
+            )
+
+
+def write(job: Job) -> dict[str, Any]:
+    """What is there so far, this call's and earlier ones'; returns the content of the JSON."""
+    result, text = earlier(job)
+    result, text = {**result, **job.result}, {**text, **job.text}
+    summary = {"clean_top1": result["clean"]["top1"], "clean_top5": result["clean"]["top5"]}
+    if "calibration" in result:
+        summary["ece"] = result["calibration"]["ece"]
+    if "corruption_error" in result:
+        summary["corruption_error"] = result["corruption_error"]
+    for name in ("fgsm", "pgd"):
+        summary.update({f"{name}{row['eps_of_255']:g}_top1": row["top1"] for row in result.get(name, [])})
+    result["summary"] = summary
     title = str(job.args.resume)
-    headings = [title, *(name for name in HEADINGS if name in job.text)]
-    parts = ["\n\n".join([f"#{'#' * (heading != title)} {heading}", *job.text[heading]]) for heading in headings]
+    headings = [title, *(name for name in PARTS_OF if name in text)]
+    parts = ["\n\n".join([f"#{'#' * (heading != title)} {heading}", *text[heading]]) for heading in headings]
     with atomic_write(job.path(".md"), "w") as file:
         file.write("\n\n".join(parts) + "\n")
-    records.write_json(job.path(".json"), job.result)
+    records.write_json(job.path(".json"), result)
+    return result
 
 
 def choose(labels: np.ndarray, number_of_each: int | None, seed: int) -> np.ndarray:
@@ -234,7 +277,6 @@ def clean(job: Job, logits: Tensor) -> None:
     job.result["clean"] = {
         "top1": first, "top5": five, "loss": loss, "per_class": per_class, "confusion": confusion.tolist()
     }  # fmt: skip
-    job.result["summary"].update(clean_top1=first, clean_top5=five)
     ranked = sorted(((value, name) for name, value in per_class.items() if value is not None))
     title = "class" if len(classes) <= FEW else f"class (the {FEW} lowest)"
     draw_confusion(job, confusion, first)
@@ -255,7 +297,6 @@ def calibrate(job: Job, logits: Tensor) -> None:
         "ece": 100 * error, "bins": job.args.bins, "mean_confidence": confidence,
         "bin_images_accuracy_confidence": columns,
     }  # fmt: skip
-    job.result["summary"]["ece"] = 100 * error
     draw_reliability(job, rows, 100 * error, confidence)
     line = f"expected calibration error {100 * error:.2f} % ({job.args.bins} equal bins), "
     line += f"mean confidence {confidence:.2f} %, accuracy {job.result['clean']['top1']:.2f} %"
@@ -290,19 +331,19 @@ def corruptions(job: Job, arrays: Path | None) -> None:
     counted = {name: row for name, row in errors.items() if not arrays or name in BENCHMARK}
     known, counted = len(counted), counted or errors
     mean, count = float(np.mean(list(counted.values()))), len(split)
-    what = f"arrays in {arrays}" if arrays else "corruptions made here (utils/robustness.py; not CIFAR-10-C)"
+    what = "published arrays" if arrays else "corruptions made here (utils/robustness.py; not CIFAR-10-C)"
     if arrays and known < len(BENCHMARK):
         what += f", {known} of the benchmark's {len(BENCHMARK)}"
     job.result["corruptions"] = f"{what}; {count:,} images, seed {job.args.seed}"
-    job.result["corruption_errors"] = errors
-    job.result["summary"]["corruption_error"] = mean
+    job.result["corruptions_dir"] = str(arrays) if arrays else None
+    job.result["corruption_errors"], job.result["corruption_error"] = errors, mean
     draw_corruptions(job, errors, f"Top-1 error [%], mean of {len(counted)} corruptions {mean:.1f}\n{what}")
     draw_images(job, shown, what)
     head = ("corruption", *map(str, range(1, SEVERITIES + 1)), "mean")
     rows = [(name, *(f"{e:.2f}" for e in row), f"{np.mean(row):.2f}") for name, row in errors.items()]
     line = f"mean corruption error {mean:.2f} %: top-1 error, mean over {len(counted)} corruptions and their severities"
     job.text["Corruptions"] = [
-        f"Images: {job.result['corruptions']}.", line, table(head, rows),
+        f"Images: {job.result['corruptions']}{f' ({arrays})' if arrays else ''}.", line, table(head, rows),
         picture(job, "_corruptions.png", "Errors"), picture(job, "_images.png", "A corrupted image"),
     ]  # fmt: skip
     log.info(f"corruptions: {line}")
@@ -352,20 +393,13 @@ def read_array(path: Path) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------------------- attacks
 
 
-def attacks(job: Job, names: Sequence[str]) -> None:
+def attacks(job: Job, name: str) -> None:
     """Top-1 accuracy in % under attacks of each size."""
-    for name in names:
-        rows = [attack(job, name, size) for size in job.args.eps]
-        job.result[name], summary = rows, job.result["summary"]
-        job.result["summary"] = {key: value for key, value in summary.items() if not key.startswith(name)}
-        job.result["summary"].update({f"{name}{row['eps_of_255']:g}_top1": row["top1"] for row in rows})
-        head = [key.replace("_", " ").replace(" of 255", " [/255]").replace("top1", "top-1 [%]") for key in rows[0]]
-        cells = [[f"{value:.4g}" for value in row.values()] for row in rows]
-        job.text[name.upper()] = [table(head, cells), picture(job, "_attacks.png", "Accuracy under attack")]
-    sizes = list(job.args.eps)
-    draw_attacks(
-        job, [name for name in ("fgsm", "pgd") if sizes == [row["eps_of_255"] for row in job.result.get(name, [])]]
-    )
+    rows = [attack(job, name, size) for size in job.args.eps]
+    job.result[name] = rows
+    head = [key.replace("_", " ").replace(" of 255", " [/255]").replace("top1", "top-1 [%]") for key in rows[0]]
+    cells = [[f"{value:.4g}" for value in row.values()] for row in rows]
+    job.text[name.upper()] = [table(head, cells), picture(job, "_attacks.png", "Accuracy under attack")]
 
 
 def attack(job: Job, name: str, size: float) -> dict[str, float]:
@@ -513,27 +547,30 @@ def draw_images(job: Job, shown: dict[str, list[Tensor]], title: str) -> None:
     save(job, figure, "_images.png")
 
 
-def draw_attacks(job: Job, names: Sequence[str]) -> None:
+def draw_attacks(job: Job, result: dict[str, Any]) -> None:
     """Accuracy under attacks of each size, beside that of the same images unattacked."""
-    figure = Figure(figsize=(2.2 + 1.1 * len(job.args.eps), 3.6), layout="constrained", dpi=120)
+    found = {name: {row["eps_of_255"]: row for row in result[name]} for name in ("fgsm", "pgd") if name in result}
+    sizes = sorted({size for rows in found.values() for size in rows})
+    if not sizes:
+        return
+    figure = Figure(figsize=(2.2 + 1.1 * len(sizes), 3.6), layout="constrained", dpi=120)
     axes = figure.subplots()
-    sizes = range(1, len(job.args.eps) + 1)
-    width = 0.8 / len(names)
-    bars = [axes.bar(0, job.result["subset_top1"], 0.4, color="0.6")]
-    for i, name in enumerate(names):
-        row = job.result[name][0]
+    width = 0.8 / len(found)
+    bars = [axes.bar(0, result["subset_top1"], 0.4, color="0.6")]
+    for i, (name, rows) in enumerate(found.items()):
+        row = next(iter(rows.values()))
         label = name.upper() + (f", {row['steps']} steps × {row['restarts']}" if name == "pgd" else "")
-        places = [size + (i - (len(names) - 1) / 2) * width for size in sizes]
-        bars.append(axes.bar(places, [row["top1"] for row in job.result[name]], 0.9 * width, label=label))
+        places = [1 + sizes.index(size) + (i - (len(found) - 1) / 2) * width for size in rows]
+        bars.append(axes.bar(places, [row["top1"] for row in rows.values()], 0.9 * width, label=label))
     for group in bars:
         axes.bar_label(group, fmt="%.1f", fontsize=8, padding=2)
-    axes.set_xticks([0, *sizes], ["clean", *(f"{size:g}/255" for size in job.args.eps)])
+    axes.set_xticks(range(len(sizes) + 1), ["clean", *(f"{size:g}/255" for size in sizes)])
     axes.set_ylim(0, 100)
     axes.set_xlabel("largest change of a pixel")
     axes.set_ylabel("top-1 accuracy [%]")
     axes.set_title(f"{title_of(job)}\n{len(job.few):,} test images", fontsize=8, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(found), frameon=False, fontsize=8)
     save(job, figure, "_attacks.png")
 
 

@@ -2,10 +2,10 @@
 
     python3 scripts/study_offsets.py --checkpoint RUNS/…/checkpoint.pth.tar --data_dir DATA --runs RUNS --plot P.png
 
-Pairs are test images under the checkpoint's network, saliency and λ as in a training step, but a λ for each pair. They
-are searched among 1 %, 10 % and all of the offsets; a score is what both maps, laid over each other, keep of their
-mass, here as a share of the best there is, which trying every offset finds. Accuracies are the finished SAGE runs below
---runs (folders, or tables of scripts/summarize.py) whose settings differ in --rand_pos and seed alone.
+Pairs are random test images under the checkpoint's network, saliency and λ as in a training step, but a λ for each
+pair. They are searched among 1 %, 10 % and all of the offsets; a score is what both maps, laid over each other, keep of
+their mass, here as a share of the best there is, which trying every offset finds. Accuracies are the finished SAGE runs
+below --runs (folders, or tables of scripts/summarize.py) whose settings differ in --rand_pos and seed alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main as program
-from load_data import test_batches
+from load_data import Split, test_batches
 from mixup import build_method
 from mixup.base import bce_loss, one_hot
 from mixup.sage import best_offsets, blend, every_offset, exact_scores, gaussian_blur
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--data_dir", required=True, help="as main.py takes it")
     add("--runs", nargs="*", type=Path, default=[], help="where finished runs are")
     add("--plot", type=Path, required=True, help="PNG to write")
-    add("--pairs", type=number(int, low=BATCH), default=1000, help="how many pairs (default: %(default)s)")
+    add("--pairs", type=number(int, low=BATCH), default=1000, help="how many pairs, in hundreds (default: %(default)s)")
     add("--ngpu", type=number(int, low=0), default=1, help="0: on the CPU")
     args = parser.parse_args(argv)
     return exit_code(parser, lambda: study(args))
@@ -83,11 +83,15 @@ def search_pairs(args: argparse.Namespace) -> tuple[dict[float, Any], dict[float
     command = ["--evaluate", "--resume", args.checkpoint, "--data_dir", args.data_dir, "--ngpu", str(args.ngpu)]
     settings, typed = options.parse(command)
     model, data, _ = program.open_checkpoint(settings, typed, device)
-    model.train()  # as SAGE's saliency pass has it
+    if len(data.test) < BATCH:
+        raise UserError(f"{data.source} has {len(data.test)} test images; {BATCH} are needed")
     of_method = {**options.method_settings(settings), "rand_pos": 1.0} if settings.method == "sage" else {}
     sage: Any = build_method("sage", settings.dataset, len(data.classes), **of_method)
+    model.train(not sage.eval_mode)
+    chosen = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0)).to(device)  # not class by class
+    pairs = Split(data.test.images[chosen], data.test.labels[chosen])
     kept, shares, times = defaultdict(list), defaultdict(list), defaultdict(list)
-    for number_of_batch, (images, labels) in enumerate(test_batches(data.test, data, batch_size=BATCH, device=device)):
+    for number_of_batch, (images, labels) in enumerate(test_batches(pairs, data, batch_size=BATCH, device=device)):
         if len(images) < BATCH or number_of_batch * BATCH >= args.pairs:
             break
         rows = one_hot(labels, len(data.classes))

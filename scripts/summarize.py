@@ -219,9 +219,10 @@ def described(groups: Sequence[Group]) -> Iterator[str]:
                 yield f"{who}{where}: {text}."
     rows = [row for group in groups for row in group.runs]
     used = {name: sorted({row[name] for row in rows if row[name]}) for name in ("device", "torch", "commit", "date")}
+    commits = dict.fromkeys(commit[:10] + "+" * commit.endswith("+") for commit in used["commit"])
     if rows:
         dates = " to ".join(dict.fromkeys(date[:10] for date in (used["date"][0], used["date"][-1])))
-        with_commit = f"; commit {', '.join(commit[:10] for commit in used['commit'])}" if used["commit"] else ""
+        with_commit = f"; commit {', '.join(commits)}" if commits else ""
         made = f"{len(rows)} runs on {'; '.join(used['device'])}; PyTorch {', '.join(used['torch'])}"
         yield f"{made}; {dates}{with_commit}."
 

@@ -368,13 +368,39 @@ def test_a_later_call_adds_to_an_earlier_one(
     headings = ["## Clean", "## Calibration", "## Corruptions", "## FGSM", "## PGD"]
     assert [line for line in text.splitlines() if line.startswith("## ")] == headings
     assert text.split("## PGD")[1] == old.split("## PGD")[1]
-    # of other images nothing stays
+    # attacks of other images are kept elsewhere; the calibration is of all images
+    before = (tmp_path / "checkpoint.json").read_bytes()
+    _, found = evaluate(*words, "--parts", "clean", "--images", 2, "--out", tmp_path)
+    assert found["summary"].keys() == {"clean_top1", "clean_top5", "ece"}
+    text = (tmp_path / "checkpoint.md").read_text()
+    assert "## Calibration" in text
+    assert "## PGD" not in text
+    assert [path.read_bytes() for path in tmp_path.glob("checkpoint.json.old-*")] == [before]
+    assert len([*tmp_path.glob("checkpoint.md.old-*")]) == 1
+    # what is damaged is written anew
+    (tmp_path / "checkpoint.json").write_text("[]")
     _, found = evaluate(*words, "--parts", "clean", "--images", 2, "--out", tmp_path)
     assert found["summary"].keys() == {"clean_top1", "clean_top5"}
-    assert "## PGD" not in (tmp_path / "checkpoint.md").read_text()
-    # nor if what is there is damaged
-    (tmp_path / "checkpoint.json").write_text("[]")
-    assert evaluate(*words, "--parts", "clean", "--images", 2, "--out", tmp_path)[1]["summary"] == found["summary"]
+    assert len([*tmp_path.glob("*.old-*")]) == 2
+
+
+def test_parts_that_another_call_writes_meanwhile_stay(
+    words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts import evaluate as script
+
+    few = [*words, "--images", 1, "--eps", 2]
+    original = script.attack
+
+    def attack(job: Any, name: str, size: float) -> dict[str, float]:
+        monkeypatch.setattr(script, "attack", original)
+        evaluate(*few, "--parts", "calibration", "--out", tmp_path)
+        return original(job, name, size)
+
+    monkeypatch.setattr(script, "attack", attack)
+    _, found = evaluate(*few, "--parts", "fgsm", "--out", tmp_path)
+    assert {"calibration", "fgsm"} <= found.keys()
+    assert {"ece", "fgsm2_top1"} <= found["summary"].keys()
 
 
 def test_published_weights_take_their_settings_from_the_flags(
@@ -426,7 +452,8 @@ def test_published_arrays_are_read_where_they_are(
     assert all(sorted(of) == [0, 0, 1, 1, 2, 2] for _, _, of in seen)
     assert found["corruption_errors"]["fog"] == [0, 0, 0, 100, 100]
     assert found["summary"]["corruption_error"] == pytest.approx(40)  # saturate is none of the benchmark's
-    assert "2 of the benchmark's 15" in found["corruptions"]
+    assert found["corruptions"] == "published arrays, 2 of the benchmark's 15; 6 images, seed 0"
+    assert found["corruptions_dir"] == str(tmp_path / "arrays")
     assert "made here" not in found["corruptions"]
     for name in ("fog", "snow"):
         (tmp_path / "arrays" / f"{name}.npy").unlink()

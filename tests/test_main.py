@@ -18,8 +18,8 @@ from PIL import Image
 
 import main as program
 from tests.common import ENVIRONMENT, ROOT, SAGE, SMALL, main, rows, weights
-from utils import options
-from utils.distributed import World
+from utils import options, train
+from utils.distributed import ImageWeight, World
 from utils.runtime import StopSignal
 
 
@@ -224,3 +224,36 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback(tmp_path: Path) -> N
     done = subprocess.run([sys.executable, "main.py"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == -signal.SIGINT
     assert done.stderr == ""
+
+
+def test_waiting_for_the_device_at_the_end_of_an_epoch_counts(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU still works when the last batch has been queued."""
+    settle = train.Meter.settle
+    monkeypatch.setattr(train.Meter, "settle", lambda *args: (time.sleep(2), settle(*args)))
+    args, typed = options.parse([*SMALL, "--data_dir", str(tree), "--initial_channels", "2", "--epochs", "1"])
+    run = program.prepare_run(args, typed, {}, None, torch.device("cpu"), StopSignal.__new__(StopSignal), World())
+    run.stop.exit_code = 0
+    take = train.step_taker(run.method, run.model, run.optimizer, run.device, False)
+    assert train.train_epoch(run, run.model, take, ImageWeight())
+    assert run.progress.seconds > 2
+
+
+def test_a_run_that_continues_another(sage_run: Path, tree: Path, tmp_path: Path) -> None:
+    """Epochs that do not go with the checkpoint are refused; the new folder has a best checkpoint of its own."""
+    words = [*SMALL, *SAGE, "--data_dir", tree, "--root_dir", tmp_path, "--resume", sage_run / "checkpoint.pth.tar"]
+    words += ["--schedule", 1, "--gammas", 0.1]
+    done = main(*words, "--epochs", 4, "--start_epoch", 2, check=2)
+    assert "--start_epoch 2" in done.stderr
+    assert "has had 3 already" in main(*words, "--epochs", 2, check=2).stderr
+    main(*words, "--epochs", 4, "--learning_rate", 1e-9)
+    (folder,) = [path for path in tmp_path.iterdir() if (path / "result.json").exists()]
+    assert len(rows(folder)) == 4
+    assert (folder / "model_best.pth.tar").exists()
+
+
+def test_a_checkpoints_settings_may_begin_with_a_dash(tmp_path: Path) -> None:
+    args, typed = options.parse([])
+    options.adopt(args, typed, {"add_name": "-x", "schedule": [3, 5], "fast": True})
+    assert (args.add_name, args.schedule, args.fast) == ("-x", [3, 5], True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +174,23 @@ def test_more_offsets_keep_more_of_the_score(tmp_path: Path, capsys: pytest.Capt
 
     assert study_offsets.main([*map(str, words), *map(str, tables)]) == 1
     assert "differ in more than --rand_pos and seed" in capsys.readouterr().err
+
+
+def test_compare_takes_labels_of_the_classes_that_were_learnt(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network of other classes than the images' guesses; what is no network costs one line."""
+    from scripts import compare
+
+    for name in ("train", "test"):
+        shutil.copytree(tree / name, tmp_path / name)
+        shutil.copytree(tree / name / "dark", tmp_path / name / "third")
+    weights = build_model("preactresnet18", 2, initial_channels=2).state_dict()
+    settings = {"dataset": "folder", "arch": "preactresnet18", "initial_channels": 2, "image_size": 32}
+    good = {"settings": settings, "state_dict": weights, "classes": ["dark", "light"]}
+    words = ["--dataset", "folder", "--data_dir", tmp_path, "--image_size", 32, "--out", tmp_path / "p.png"]
+    for content in (good, {**good, "state_dict": []}, {**good, "settings": 1}, {**good, "settings": {"arch": "vgg"}}):
+        torch.save(content, tmp_path / "c.pth")
+        code = compare.main([*map(str, words), "--checkpoint", str(tmp_path / "c.pth")])
+        assert code == int(content is not good)
+        assert capsys.readouterr().err.count("error: ") == code

@@ -31,6 +31,7 @@ def make_run(
     folder.mkdir(parents=True)
     config = {
         "settings": {**SETTINGS, "method": method, "seed": seed, **settings}, "classes": ["cat", "dog"],
+        "images": {"train": 100, "test": 40},
         "command": f"python3 /home/me/main.py --data_dir '/home/me/my data' --method {method} --root_dir=/home/me/runs",
         "device": "some cpu", "versions": {"torch": "2.9.0"}, "git_commit": "abcdef", "started": "2026-01-02 03:04:05",
     }  # fmt: skip
@@ -181,8 +182,8 @@ def evaluated(folder: Path, name: str = "checkpoint", images: int = 9, **changed
     """What scripts/evaluate.py leaves in a run's folder."""
     summary = {"clean_top1": 70.0, "corruption_error": 40.0, "fgsm4_top1": 12.0, "ece": 5.0}
     summary |= {key: changed.pop(key) for key in [*changed] if key in ROBUSTNESS}
-    content = {"subset": images, "fgsm": [{}], "calibration": {"bins": 15}, "summary": summary, "epochs": 4}
-    content["corruptions"] = f"arrays in /home/me; {images} images, seed {images}"
+    content = {"subset": images, "images": 40, "fgsm": [{}], "calibration": {"bins": 15}, "summary": summary}
+    content |= {"corruptions": f"published arrays; {images} images, seed {images}", "epochs": 4}
     (folder / "evaluation").mkdir(exist_ok=True)
     (folder / "evaluation" / f"{name}.json").write_text(json.dumps(content | changed))
 
@@ -194,7 +195,10 @@ def test_robustness_is_shown_where_it_was_measured(tmp_path: Path) -> None:
     text = shown(tmp_path / "runs")
     assert "| clean | mCE | FGSM 4 | ECE |" in text
     assert cells(text, "Vanilla")[2][-3:] == ["41.50 ± 0.71 (2)", "12.00 ± 0.00 (2)", "5.00 ± 0.00 (2)"]
-    assert "corruptions: published arrays; 9 images; FGSM: 9 images; calibration: 15 bins." in text
+    assert (
+        "; clean: 40 images; corruptions: published arrays; 9 images; FGSM: 9 images; calibration: 40 images, 15 bins."
+        in text
+    )
 
 
 def test_robustness_of_another_kind_is_neither_averaged_nor_compared(tmp_path: Path) -> None:
@@ -206,7 +210,7 @@ def test_robustness_of_another_kind_is_neither_averaged_nor_compared(tmp_path: P
     evaluated(make_run(tmp_path / "runs", "sage", 1), corruptions=own)
     text = write(tmp_path / "runs", tmp_path / "out")
     assert cells(text, "Vanilla")[2][-4:] == ["70.00 ± 0.00", "40.00 ± 0.00 (2)", "12.00 ± 0.00 (2)", "5.50 ± 0.87"]
-    assert cells(text, "CutMix")[2][-4:] == ["70.00", "–", "–", "–"]
+    assert cells(text, "CutMix")[2][-4:] == ["–", "–", "–", "–"]
     assert cells(text, "SAGE")[2][-4:] == ["70.00", "–", "12.00", "5.00"]
     assert "(not shown: runs with made here (utils/robustness.py; not CIFAR-10-C); 9 images; published" in text
     with open(tmp_path / "out" / "summary.csv", newline="") as file:
@@ -220,7 +224,34 @@ def test_fgsm_counts_whether_or_not_pgd_was_measured_too(tmp_path: Path) -> None
     evaluated(make_run(tmp_path / "runs", "vanilla", 2), fgsm4_top1=14.0)
     text = shown(tmp_path / "runs")
     assert cells(text, "Vanilla")[2][-3:] == ["12.00 ± 2.83", "1.00 (1)", "5.00 ± 0.00"]
-    assert "FGSM: 9 images; PGD: 9 images, 10 steps of 0.25 eps, 1 starts; calibration" in text
+    assert "FGSM: 9 images; PGD: 9 images, 10 steps of 0.25 eps, from 1 random start(s); calibration" in text
+
+
+def test_what_was_measured_in_another_way_is_not_averaged(tmp_path: Path) -> None:
+    """Of another test set, another checkpoint, fewer corruptions, another step."""
+    steps = [{"steps": 10, "eps_of_255": eps, "step_size_of_255": eps / 4, "restarts": 1} for eps in (4, 8)]
+    for seed in (1, 2):
+        evaluated(make_run(tmp_path / "runs", "vanilla", seed), pgd=steps, pgd8_top1=1.0)
+    small = make_run(tmp_path / "runs", "vanilla", 3)
+    few = "published arrays, 3 of the benchmark's 15; 9 images, seed 0"
+    other = [steps[0], steps[1] | {"step_size_of_255": 1}]
+    evaluated(small, images=9, clean_top1=1.0, ece=90.0, corruptions=few, corruption_error=5.0, pgd=other, pgd8_top1=30)
+    evaluation = small / "evaluation" / "checkpoint.json"
+    evaluation.write_text(json.dumps(json.loads(evaluation.read_text()) | {"images": 20}))
+    row = cells(shown(tmp_path / "runs"), "Vanilla")[2]
+    assert row[-5:] == [f"{n} ± 0.00{of}" for n, of in zip(
+        ("70.00", "40.00", "12.00", "1.00", "5.00"), (" (2)", " (2)", "", " (2)", " (2)"), strict=True
+    )]  # fmt: skip
+
+
+def test_runs_on_other_test_images_are_not_averaged(tmp_path: Path) -> None:
+    for seed, images in ((1, 40), (2, 20)):
+        folder = make_run(tmp_path / "runs", "vanilla", seed)
+        config = records.read_json(folder / "config.json")
+        records.write_json(folder / "config.json", config | {"images": {"train": 100, "test": images}})
+    text = shown(tmp_path / "runs")
+    assert "| cifar10 × preactresnet18, test_images 20 | cifar10 × preactresnet18, test_images 40 |" in text
+    assert cells(text, "Vanilla")[0] == ["70.00 (1)", "70.00 (1)"]
 
 
 def test_an_evaluation_before_the_end_of_the_run_does_not_count(tmp_path: Path) -> None:

@@ -264,8 +264,8 @@ def adopt(args: argparse.Namespace, typed: set[str], settings: dict[str, Any]) -
     words = []
     for name in settings.keys() & vars(args).keys() - typed - NOT_PART_OF_A_RUN:
         if settings[name] is not None:
-            values = settings[name] if isinstance(settings[name], list) else [settings[name]]
-            words += [f"--{name}", *map(str, values)]
+            values = settings[name]
+            words += [f"--{name}", *map(str, values)] if isinstance(values, list) else [f"--{name}={values}"]
     make_parser().parse_args(words, namespace=args)
 
 

@@ -28,16 +28,29 @@ TRAINING = [name for name in FLAGS if name not in {*NAMES, *setting_defaults(), 
 RESULTS = ["final", "spread", "best", "best_epoch"]
 COSTS = ["seconds_per_epoch", "images_per_second", "hours", "peak_memory_gb"]
 HOW = {  # how → what was measured so
+    "clean": ["clean_top1"],
     "corruptions": ["corruption_error"],
     "FGSM": ["fgsm4_top1", "fgsm8_top1"],
     "PGD": ["pgd4_top1", "pgd8_top1"],
     "calibration": ["ece"],
 }
-ROBUSTNESS = ["clean_top1", *(name for names in HOW.values() for name in names)]
+ROBUSTNESS = [name for names in HOW.values() for name in names]
 # What the runs of one cell of a table have in common: its column and its row.
-COLUMN, ROW = ["dataset", "arch", *TRAINING, "classes"], ["method", "settings", "add_name"]
+COLUMN, ROW = ["dataset", "arch", *TRAINING, "classes", "test_images"], ["method", "settings", "add_name"]
 COLUMNS = [
-    *[*NAMES, "settings", "state", "epochs_done", *RESULTS, *COSTS, *ROBUSTNESS, *HOW, *TRAINING, "classes"],
+    *[
+        *NAMES,
+        "settings",
+        "state",
+        "epochs_done",
+        *RESULTS,
+        *COSTS,
+        *ROBUSTNESS,
+        *HOW,
+        *TRAINING,
+        "classes",
+        "test_images",
+    ],
     *["device", "torch", "commit", "date", "run", "command", "note", "curve"],
 ]
 
@@ -140,6 +153,7 @@ def settings_of(config: dict[str, Any]) -> Row:
         **{name: text_of(settings.get(name, FLAGS[name])) for name in [*NAMES, *TRAINING]},
         "settings": " ".join(changed),
         "classes": f"{len(config['classes'])}-{zlib.crc32(repr(config['classes']).encode(errors='replace')):08x}",
+        "test_images": str(config.get("images", {}).get("test", "")),  # older runs do not say
         "device": config["device"],
         "torch": config["versions"]["torch"],
         "commit": config["git_commit"] or "",
@@ -186,17 +200,17 @@ def robustness_of(folder: Path, epochs: str) -> Row:
             continue  # of an earlier state of the run
         numbers = {name: found["summary"].get(name) for name in ROBUSTNESS}
         row = {name: f"{value:.7g}" for name, value in numbers.items() if value is not None}
-        corruptions = re.sub(r"^corruptions |, seed \d+$", "", found.get("corruptions", ""))
-        how = {"corruptions": re.sub(r"^arrays in .*;", "published arrays;", corruptions)}
+        how = {"clean": f"{found['images']:,} images"}
+        how["corruptions"] = re.sub(r"^corruptions |, seed \d+$", "", found.get("corruptions", ""))
         if "fgsm" in found:
             how["FGSM"] = f"{found['subset']:,} images"
         if "pgd" in found:
-            steps = found["pgd"][0]
-            size = steps["step_size_of_255"] / steps["eps_of_255"]
-            of_steps = f"{steps['steps']} steps of {size:g} eps, {steps['restarts']} starts"
-            how["PGD"] = f"{found['subset']:,} images, {of_steps}"
+            rows = found["pgd"]
+            sizes = dict.fromkeys(f"{row['step_size_of_255'] / row['eps_of_255']:.3g}" for row in rows)
+            of_steps = f"{rows[0]['steps']} steps of {' and '.join(sizes)} eps"
+            how["PGD"] = f"{found['subset']:,} images, {of_steps}, from {rows[0]['restarts']} random start(s)"
         if "calibration" in found:
-            how["calibration"] = f"{found['calibration']['bins']} bins"
+            how["calibration"] = f"{found['images']:,} images, {found['calibration']['bins']} bins"
         of = "" if path.stem == "checkpoint" else f" ({path.stem})"
         return {**row, **{name: text + of for name, text in how.items() if text}}
     return {}

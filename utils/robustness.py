@@ -42,7 +42,7 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
     """Images under one of ``CORRUPTIONS``, in the manner of Hendrycks & Dietterich, "Benchmarking Neural Network
     Robustness to Common Corruptions and Perturbations", 2019. These are not the arrays published with it.
 
-    Random choices depend on ``seed``, ``name`` and the position of an image; a higher severity makes the same ones.
+    Random choices depend on ``seed``, ``name`` and the position of an image, not on ``severity``.
 
     Args:
         images: [N, 3, H, W] uint8 on the CPU.

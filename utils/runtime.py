@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import platform
 import resource
@@ -23,6 +24,9 @@ from .files import BadArguments, UserError
 def exit_code(parser: ArgumentParser, work: Callable[[], int]) -> int:
     """What ``work()`` returns; after one line on stderr about what the user can mend: 2 for bad arguments, 128 + its
     number for a signal, 1 for the rest."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a ± is no reason to fail where the terminal has none
     try:
         return work()
     except BadArguments as error:

@@ -283,7 +283,8 @@ def train_epoch(run: Run, network: nn.Module, take: Take, weight: distributed.Im
             if wanted > 1:
                 run.stop.exit_code = max(run.stop.exit_code, wanted)
                 return False
-    meter.settle(run)
+    meter.settle(run)  # waits for the device
+    progress.seconds += time.monotonic() - last
     return True
 
 
@@ -391,6 +392,8 @@ def finish_epoch(run: Run, rate: float) -> dict[str, Any]:
         peak_memory_gb=round(peak_memory(run.device), 1),
     )
     is_best = row["test_top1"] > progress.best or not progress.rows
+    if run.args.resume and run.folder is not None and not (run.folder / checkpoint.BEST).exists():
+        is_best = True  # what was better is in the folder of the run that --resume names
     progress.rows.append(row)
     progress.epoch, progress.step, progress.sums, progress.seconds = progress.epoch + 1, 0, [0.0] * 4, 0.0
     run.save(is_best)
