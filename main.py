@@ -255,7 +255,8 @@ def describe(job: train.Run) -> str:
     data, args = job.data, job.args
     return (
         f"{args.method} on {data.name} ({data.source}): {len(data.train)} training images of {len(data.classes)} "
-        f"classes, {len(data.test)} test images; {args.arch}; {device_name(job.device)}"
+        f"classes, {len(data.test)} test images, {data.image_size[0]}×{data.image_size[1]}; {args.arch}; "
+        f"{device_name(job.device)}"
     )
 
 

@@ -454,7 +454,10 @@ def search(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     for label in ("all offsets", some_label, brute_label):
         per_pair = {side: statistics.median(t) / pairs[side] for (of, side), t in times.items() if of == label}
         large = [side for side in per_pair if side >= 32]
-        exponent = growth([side**2 for side in large], [per_pair[side] for side in large])
+        # few candidates are scored one by one, many are looked up among all: two algorithms, no single power
+        exponent = None
+        if label != some_label:
+            exponent = growth([side**2 for side in large], [per_pair[side] for side in large])
         result["pixels"][label] = {"ms_per_pair": {side**2: t for side, t in per_pair.items()}, "exponent": exponent}
         cells = [f"{per_pair[side]:.3f}" if side in per_pair else "–" for side in args.search_sizes]
         rows.append((label, *cells, power("n", exponent)))
@@ -511,9 +514,8 @@ def draw_search(path: Path, result: dict[str, Any], about: dict[str, Any]) -> No
     axes = figure.subplots()
     for (label, line), marker in zip(result["pixels"].items(), "os^", strict=True):
         points = line["ms_per_pair"]
-        axes.loglog(
-            list(points), list(points.values()), marker=marker, label=f"{label}: {power('n', line['exponent'])}"
-        )
+        grows = f": {power('n', line['exponent'])}" if line["exponent"] else ""
+        axes.loglog(list(points), list(points.values()), marker=marker, label=label + grows)
     sizes = sorted({pixels for line in result["pixels"].values() for pixels in line["ms_per_pair"]})
     axes.set_xticks(sizes, [f"{math.isqrt(n)}×{math.isqrt(n)}" for n in sizes])
     axes.set_xticks([], minor=True)

@@ -73,7 +73,7 @@ LOOKS = {  # colour (after Okabe and Ito, told apart by colour-blind readers) an
 COSTS = {"seconds_per_epoch": "s/epoch", "images_per_second": "images/s", "hours": "hours", "peak_memory_gb": "GB"}
 ROBUSTNESS = {
     "clean_top1": "clean",
-    "corruption_error": "mCE",
+    "corruption_error": "corr. error",
     "fgsm4_top1": "FGSM 4",
     "fgsm8_top1": "FGSM 8",
     "pgd4_top1": "PGD 4",

@@ -73,8 +73,8 @@ def test_your_own_loop() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     names: dict[str, object] = {}
     exec(code, names)
-    images, saliency = torch.randn(4, 3, 32, 24), torch.rand(4, 32, 24)
-    mixed, partner, ratio = names["sage_batch"](images, saliency, 0.4)  # type: ignore[operator]
+    model, images = main.build_model("preactresnet18", 5, initial_channels=4), torch.randn(4, 3, 32, 24)
+    mixed, partner, ratio = names["sage_batch"](model, images, torch.arange(4), 5, 0.4)  # type: ignore[operator]
     assert mixed.shape == images.shape
     assert sorted(partner.tolist()) == [0, 1, 2, 3]
     assert ((ratio > 0) & (ratio < 1)).all()

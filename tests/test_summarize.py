@@ -193,7 +193,7 @@ def test_robustness_is_shown_where_it_was_measured(tmp_path: Path) -> None:
         evaluated(make_run(tmp_path / "runs", "vanilla", seed), corruption_error=40.0 + seed)
     make_run(tmp_path / "runs", "vanilla", 3)
     text = shown(tmp_path / "runs")
-    assert "| clean | mCE | FGSM 4 | ECE |" in text
+    assert "| clean | corr. error | FGSM 4 | ECE |" in text
     assert cells(text, "Vanilla")[2][-3:] == ["41.50 ± 0.71 (2)", "12.00 ± 0.00 (2)", "5.00 ± 0.00 (2)"]
     assert (
         "; clean: 40 images; corruptions: published arrays; 9 images; FGSM: 9 images; calibration: 40 images, 15 bins."
@@ -257,7 +257,7 @@ def test_runs_on_other_test_images_are_not_averaged(tmp_path: Path) -> None:
 def test_an_evaluation_before_the_end_of_the_run_does_not_count(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "runs", "vanilla", 1)
     evaluated(folder, epochs=2)
-    assert "mCE" not in shown(tmp_path / "runs")
+    assert "corr. error" not in shown(tmp_path / "runs")
     evaluated(folder, "model_best", epochs=2)  # is of an epoch before the last by its nature
     assert "FGSM: 9 images (model_best)" in shown(tmp_path / "runs")
 

@@ -108,7 +108,8 @@ def make_parser() -> Parser:
     add = group.add_argument
     add("--dataset", type=one_of(DATASETS), default="cifar10", help=names(DATASETS))
     add("--data_dir", default="cifar10", help="where the images are, or are downloaded to (default: %(default)s)")
-    add("--image_size", type=number(int, low=8, high=1024), help="side to bring the images of --dataset folder to")
+    add("--image_size", type=number(int, low=8, high=1024), help="side to bring the images of --dataset folder to "
+        "(default: their own if all have one up to 128×128, else 64)")
     add("--labels_per_class", type=positive, default=5000, help="training images of each class (default: %(default)s)")
     add("--valid_labels_per_class", type=non_negative, default=0, help="others set aside for validation (default: 0)")
     add("--workers", type=non_negative, default=2, help="accepted, no effect: there are no worker processes")
