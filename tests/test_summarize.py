@@ -6,13 +6,15 @@ import csv
 import json
 import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scripts import summarize
-from tests.common import ROOT, SAGE, SMALL, main
+from tests.common import ENVIRONMENT, ROOT, SAGE, SMALL, main
 from utils import records
 from utils.files import UserError
 from utils.results import ROBUSTNESS, grouped, read_roots, write_table
@@ -428,3 +430,11 @@ def test_runs_of_the_program(tree: Path, tmp_path: Path) -> None:
     (left / "result.json").unlink()
     assert cells(shown(tmp_path / "runs"), left.name)[0][0] == "unfinished"
     assert str(tmp_path) not in (tmp_path / "out" / "runs.csv").read_text()
+
+
+def test_a_terminal_without_the_signs_gets_a_table(runs: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/summarize.py", str(runs), "--out", str(tmp_path / "out")]
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| Vanilla |" in done.stdout

@@ -12,6 +12,7 @@ import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 import numpy as np
@@ -26,7 +27,8 @@ def exit_code(parser: ArgumentParser, work: Callable[[], int]) -> int:
     number for a signal, 1 for the rest."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a ± is no reason to fail where the terminal has none
+            with suppress(OSError):  # a stream that was put in another's place
+                stream.reconfigure(errors="replace")  # a ± is no reason to fail where the terminal has none
     try:
         return work()
     except BadArguments as error:
