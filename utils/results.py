@@ -38,22 +38,9 @@ ROBUSTNESS = [name for names in HOW.values() for name in names]
 # What the runs of one cell of a table have in common: its column and its row.
 COLUMN, ROW = ["dataset", "arch", *TRAINING, "classes", "test_images"], ["method", "settings", "add_name"]
 COLUMNS = [
-    *[
-        *NAMES,
-        "settings",
-        "state",
-        "epochs_done",
-        *RESULTS,
-        *COSTS,
-        *ROBUSTNESS,
-        *HOW,
-        *TRAINING,
-        "classes",
-        "test_images",
-    ],
-    *["device", "torch", "commit", "date", "run", "command", "note", "curve"],
+    *[*NAMES, "settings", "state", "epochs_done", *RESULTS, *COSTS, *ROBUSTNESS, *HOW, *TRAINING],
+    *["classes", "test_images", "device", "torch", "commit", "date", "run", "command", "note", "curve"],
 ]
-
 
 SET_ASIDE = re.compile(r"\.old-\d{8}-\d{6}$")  # what --overwrite renames a folder to
 
