@@ -171,10 +171,10 @@ def evaluate(args: argparse.Namespace, typed: set[str]) -> int:
     if "corruptions" in args.parts:
         corruptions(job, arrays)
         write(job)
-    for name in [name for name in ("fgsm", "pgd") if name in args.parts]:
-        attacks(job, name)
-        write(job)
-    draw_attacks(job, write(job))
+    for name in ("fgsm", "pgd"):
+        if name in args.parts:
+            attacks(job, name)
+            draw_attacks(job, write(job))
     log.info(f"{job.path('.md')}\n{job.path('.json')}")
     return 0
 
@@ -551,8 +551,6 @@ def draw_attacks(job: Job, result: dict[str, Any]) -> None:
     """Accuracy under attacks of each size, beside that of the same images unattacked."""
     found = {name: {row["eps_of_255"]: row for row in result[name]} for name in ("fgsm", "pgd") if name in result}
     sizes = sorted({size for rows in found.values() for size in rows})
-    if not sizes:
-        return
     figure = Figure(figsize=(2.2 + 1.1 * len(sizes), 3.6), layout="constrained", dpi=120)
     axes = figure.subplots()
     width = 0.8 / len(found)

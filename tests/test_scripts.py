@@ -179,7 +179,7 @@ def test_more_offsets_keep_more_of_the_score(tmp_path: Path, capsys: pytest.Capt
 def test_compare_takes_labels_of_the_classes_that_were_learnt(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A network of other classes than the images' guesses; what is no network costs one line."""
+    """Other classes than the network's are replaced by its guesses; a file without a network costs one line."""
     from scripts import compare
 
     for name in ("train", "test"):
