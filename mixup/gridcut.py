@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from utils.files import UserError
-
 # What gco-wrapper multiplies float energies by before it truncates them; the edge and distance factors multiply to
 # the unary one.
 UNARY_SCALE, EDGE_SCALE, DISTANCE_SCALE = 100_000, 1_000, 100
 GCO_LARGEST = 10_000_000  # above it gco aborts the process
+
+
+class NoSolver(RuntimeError):
+    """No installed solver can do it; the message says what to install."""
 
 
 def swap(unary: ArrayLike, distance: ArrayLike, vertical: ArrayLike, horizontal: ArrayLike) -> NDArray[np.int64]:
@@ -42,7 +44,7 @@ def swap(unary: ArrayLike, distance: ArrayLike, vertical: ArrayLike, horizontal:
 
     Raises:
         ValueError: wrong shape, not integers, a negative or asymmetric term, or energies beyond 64 bits.
-        UserError: no solver is installed, or only gco-wrapper and the energies exceed its 32 bits.
+        NoSolver: no solver is installed, or only gco-wrapper and the energies exceed its 32 bits.
     """
     unary, distance, vertical, horizontal = (_integers(x) for x in (unary, distance, vertical, horizontal))
     if unary.ndim not in (3, 4) or 0 in unary.shape:
@@ -78,7 +80,7 @@ def solver(unary: int, weight: int, distance: int, terms: int) -> Callable[..., 
 
     Raises:
         ValueError: energies beyond 64 bits.
-        UserError: as ``swap``.
+        NoSolver: as ``swap``.
     """
     # Python's integers do not overflow. Twice what one cell and its four neighbours can cost bounds every capacity.
     largest = 2 * (unary + 4 * weight * distance)
@@ -89,8 +91,8 @@ def solver(unary: int, weight: int, distance: int, terms: int) -> Callable[..., 
     if _ortools() is not None:
         return swap_ortools
     if _gco() is not None:
-        raise UserError(f"energies up to {largest} are too large for gco-wrapper; install ortools: pip install ortools")
-    raise UserError("this method needs a grid cut solver; install one: pip install ortools")
+        raise NoSolver(f"energies up to {largest} are too large for gco-wrapper; install ortools: pip install ortools")
+    raise NoSolver("this method needs a grid cut solver; install one: pip install ortools")
 
 
 def scale_floats(

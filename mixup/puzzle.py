@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -22,11 +22,65 @@ from torch import Tensor, nn
 from .base import PartialMixing, Step, as_index, bce_loss, mixed_targets, partner_index
 from .gridcut import swap
 from .saliency import input_gradient, ones_where_zero, root_mean_square
+from .transport import move_blocks, transport_plan
 from .vanilla import Vanilla
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 BLOCK_COUNTS = (2, 4, 8, 16)
-MASK_SETTINGS = ("n_labels", "beta", "gamma", "eta", "neigh_size", "transport", "t_eps", "t_size")
-UNSURE = -2
+
+
+class MaskSettings(TypedDict, total=False):
+    """Keyword arguments of ``puzzle_mix`` and ``block_mask``; ``MaskValues`` has their meaning and defaults."""
+
+    n_labels: int
+    beta: float
+    gamma: float
+    eta: float
+    neigh_size: int
+    transport: bool
+    t_eps: float
+    t_size: int
+
+
+@dataclass(frozen=True)
+class MaskValues:
+    """All of ``MaskSettings``, checked; the defaults are the paper's for CIFAR.
+
+    n_labels: how many mixing weights, equally spaced from 1 to 0.
+    beta, gamma, eta: weight of smooth labels, of smooth images, and of the prior that λ gives.
+    neigh_size: pixels are compared after average pooling by this much, or by the block where that is smaller.
+    transport: move blocks; without it images stay as they are and only the mask is computed.
+    t_eps: cost of moving a block across the image, relative to its saliency.
+    t_size: pixels a side of a moved block, at most a mask block's; −1: a mask block.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    n_labels: int = 3
+    beta: float = 1.2
+    gamma: float = 0.5
+    eta: float = 0.2
+    neigh_size: int = 4
+    transport: bool = True
+    t_eps: float = 0.8
+    t_size: int = 4
+
+    def __post_init__(self) -> None:
+        if self.n_labels < 2:
+            raise ValueError(f"n_labels must be at least 2, got {self.n_labels}")
+        for name in ("beta", "gamma", "eta", "t_eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        if self.neigh_size < 1:
+            raise ValueError(f"neigh_size {self.neigh_size} must be at least 1")
+        if self.t_size < 1 and self.t_size != -1:
+            raise ValueError(f"t_size {self.t_size} must be at least 1, or −1")
+
+
+MASK_SETTINGS = tuple(MaskSettings.__annotations__)
 
 
 class Sizes(NamedTuple):
@@ -46,8 +100,6 @@ def block_sizes(height: int, width: int, num_blocks: int, neigh_size: int, t_siz
     if num_blocks < 1 or height % num_blocks or width % num_blocks:
         raise ValueError(f"num_blocks {num_blocks} does not divide an image of {height}×{width}")
     block = (height // num_blocks, width // num_blocks)
-    if neigh_size < 1 or (t_size < 1 and t_size != -1):
-        raise ValueError(f"neigh_size {neigh_size} and t_size {t_size} must be positive, or t_size −1")
     pixel = (min(neigh_size, block[0]), min(neigh_size, block[1]))
     moved = block if t_size == -1 else (min(t_size, block[0]), min(t_size, block[1]))
     for name, (rows, columns) in (("neigh_size", pixel), ("t_size", moved)):
@@ -64,15 +116,7 @@ def puzzle_mix(
     num_blocks: int,
     mean: Any,
     std: Any,
-    *,
-    n_labels: int = 3,
-    beta: float = 1.2,
-    gamma: float = 0.5,
-    eta: float = 0.2,
-    neigh_size: int = 4,
-    transport: bool = True,
-    t_eps: float = 0.8,
-    t_size: int = 4,
+    **settings: Unpack[MaskSettings],
 ) -> tuple[Tensor, Tensor]:
     """Puzzle Mix of every image with its partner.
 
@@ -82,41 +126,18 @@ def puzzle_mix(
         permutation: [B] int64; image b of pair i is ``images[permutation[i]]``.
         lam: share of image a, in [0, 1].
         num_blocks: n; the mask has n×n blocks of H/n × W/n pixels.
-        n_labels: how many mixing weights, equally spaced from 1 to 0.
-        beta, gamma, eta: weight of smooth labels, of smooth images, and of the prior that λ gives.
-        neigh_size: pixels are compared after average pooling by this much, or by the block where that is smaller.
-        transport: move blocks; without it images stay as they are and only the mask is computed.
-        t_eps: cost of moving a block across the image, relative to its saliency.
-        t_size: pixels a side of a moved block, at most a mask block's; −1: a mask block.
-
-    The defaults are the paper's for CIFAR; there t_size is 4 and −1 elsewhere.
+        settings: see ``MaskValues``.
 
     Returns:
         (mixed [B, C, H, W], ratio [B]: mean weight of image a).
 
     Raises:
-        ValueError: wrong shapes, or a size that does not divide the image.
-        UserError: no grid cut solver is installed.
+        ValueError: wrong shape or setting, or a size that does not divide the image.
+        NoSolver: no grid cut solver is installed.
     """
     permutation = as_index(permutation, images.device)
-    mask = block_mask(
-        images,
-        saliency,
-        permutation,
-        lam,
-        num_blocks,
-        mean,
-        std,
-        n_labels=n_labels,
-        beta=beta,
-        gamma=gamma,
-        eta=eta,
-        neigh_size=neigh_size,
-        transport=transport,
-        t_eps=t_eps,
-        t_size=t_size,
-    )
-    return _blend(images, images[permutation], saliency, permutation, mask, transport, t_eps, t_size)
+    mask = block_mask(images, saliency, permutation, lam, num_blocks, mean, std, **settings)
+    return _blend(images, images[permutation], saliency, permutation, mask, MaskValues(**settings))
 
 
 def _blend(
@@ -125,17 +146,15 @@ def _blend(
     saliency: Tensor,
     permutation: Tensor,
     mask: Tensor,
-    transport: bool,
-    t_eps: float,
-    t_size: int,
+    values: MaskValues,
 ) -> tuple[Tensor, Tensor]:
     """Images a and b [B, C, H, W], their blocks moved if ``transport``, weighted by ``mask`` [B, n, n]; its mean."""
     height, width = a.shape[2:]
-    if transport:
-        size = block_sizes(height, width, mask.shape[1], 1, t_size).moved
+    if values.transport:
+        size = block_sizes(height, width, mask.shape[1], 1, values.t_size).moved
         grid = _enlarge(mask, height // size[0], width // size[1])
         unary = _unary(saliency, size)
-        plans = transport_plan(torch.cat((grid, 1 - grid)), torch.cat((unary, unary[permutation])), t_eps)
+        plans = transport_plan(torch.cat((grid, 1 - grid)), torch.cat((unary, unary[permutation])), values.t_eps)
         a, b = move_blocks(torch.cat((a, b)), plans, size).chunk(2)
     weight = _enlarge(mask, height, width)[:, None]
     return torch.lerp(b, a, weight), mask.mean(dim=(1, 2))
@@ -150,15 +169,7 @@ def block_mask(
     num_blocks: int,
     mean: Any,
     std: Any,
-    *,
-    n_labels: int = 3,
-    beta: float = 1.2,
-    gamma: float = 0.5,
-    eta: float = 0.2,
-    neigh_size: int = 4,
-    transport: bool = True,
-    t_eps: float = 0.8,
-    t_size: int = 4,
+    **settings: Unpack[MaskSettings],
 ) -> Tensor:
     """Weight of image a in each block: [B, n, n] float32 on the images' device. Arguments and errors as ``puzzle_mix``.
 
@@ -174,11 +185,10 @@ def block_mask(
         raise ValueError(f"permutation must be ({batch},), got {tuple(permutation.shape)}")
     if not 0 <= lam <= 1:
         raise ValueError(f"lam must lie in [0, 1], got {lam}")
-    if n_labels < 2:
-        raise ValueError(f"n_labels must be at least 2, got {n_labels}")
-    sizes = block_sizes(height, width, num_blocks, neigh_size, t_size if transport else -1)
-    n, scale = num_blocks, 1000 * num_blocks**2
-    beta = beta / n / 16
+    values = MaskValues(**settings)
+    sizes = block_sizes(height, width, num_blocks, values.neigh_size, values.t_size if values.transport else -1)
+    n, scale, n_labels = num_blocks, 1000 * num_blocks**2, values.n_labels
+    beta = values.beta / n / 16
 
     unary_a = _unary(saliency, sizes.block)
     unary_b = unary_a[permutation]
@@ -194,7 +204,7 @@ def block_mask(
         def apart(p: Tensor, q: Tensor, axis: int = axis) -> Tensor:
             """Mean distance of the touching pixels of neighbouring blocks."""
             steps = (p - q).abs().mean(dim=1).unflatten(3 - axis, (n, -1)).mean(dim=4 - axis)
-            return steps * (beta * gamma)
+            return steps * (beta * values.gamma)
 
         # first letter: the upper or left image
         d_aa, d_ab, d_ba = apart(before, after), apart(before, after[permutation]), apart(before[permutation], after)
@@ -207,7 +217,7 @@ def block_mask(
     tau = torch.arange(n_labels, dtype=images.dtype) / (n_labels - 1)
     prior = torch.tensor([-math.log(p + 1e-8) for p in _binomial(lam, n_labels - 1)], dtype=images.dtype)
     tau, prior = torch.stack((tau, prior)).to(images.device, non_blocking=True)
-    unary = (1 - tau) * unary_b[..., None] + tau * unary_a[..., None] + eta / n**2 * prior
+    unary = (1 - tau) * unary_b[..., None] + tau * unary_a[..., None] + values.eta / n**2 * prior
     # One copy to the host. NaN, of a network that diverged, must reach the loss and not stop here.
     terms = torch.cat([(x * scale).flatten() for x in (unary, *weights)]).nan_to_num(0).long().cpu().numpy()
     shapes = (tuple(unary.shape), (batch, n - 1, n), (batch, n, n - 1))
@@ -221,121 +231,6 @@ def block_mask(
         np.maximum(horizontal, 0),
     )
     return 1 - torch.from_numpy(labels).to(images.device, non_blocking=True).to(images.dtype) / (n_labels - 1)
-
-
-@torch.no_grad()
-def transport_plan(mask: Tensor, unary: Tensor, t_eps: float) -> Tensor:
-    """Where every block of an image moves, so that its salient blocks lie where the image shows.
-
-    As many rounds as the longest side has blocks: each block chooses its cheapest destination, each destination takes
-    the cheapest of those that chose it, the others pay 1 more for that choice from then on.
-
-    Args:
-        mask: [B, R, S] weight of the image at each block of the grid.
-        unary: [B, R, S] saliency of each block, of sum 1.
-        t_eps: cost of a move, times (squared distance)/(longest side − 1)².
-
-    Returns:
-        [B, R·S] int64: the destination of each block, in row-major order, −1 for a block that is lost.
-
-    Raises:
-        ValueError: shapes that differ.
-    """
-    if mask.ndim != 3 or mask.shape != unary.shape:
-        raise ValueError(f"mask and unary must be two [B, R, S], got {tuple(mask.shape)} and {tuple(unary.shape)}")
-    rows, columns = mask.shape[1:]
-    rounds, count = max(rows, columns), rows * columns
-    row, column = torch.arange(rows, device=mask.device), torch.arange(columns, device=mask.device)
-    y, x = (place.flatten() for place in torch.meshgrid(row, column, indexing="ij"))
-    squares = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2
-    distance = t_eps * squares.to(unary.dtype) / max(rounds - 1, 1) ** 2
-
-    def cost(shown: Tensor, salient: Tensor) -> Tensor:
-        return torch.addcmul(
-            distance, salient.reshape(-1, count, 1), (shown > 0).to(salient.dtype).reshape(-1, 1, count), value=-1
-        )
-
-    # a few images at a time: in the CPU's cache, or within a GPU's memory
-    on_cpu = mask.device.type == "cpu"
-    part = max(1, (2**21 if on_cpu else 2**27) // count**2)
-    plan = _plan_on_cpu if on_cpu else _plan
-    plans = torch.cat([plan(cost(m, u), rounds) for m, u in zip(mask.split(part), unary.split(part), strict=True)])
-    if on_cpu:
-        again = (plans[:, 0] == UNSURE).nonzero()[:, 0]
-        for index in again.split(part):
-            plans[index] = _plan(cost(mask[index], unary[index]), rounds)
-    return plans
-
-
-def _plan(cost: Tensor, rounds: int) -> Tensor:
-    """The rounds of ``transport_plan`` for cost [B, N, N], which it changes. Never waits for the device."""
-    for _ in range(rounds):
-        choice = cost.argmin(dim=2)
-        wins = _contest(choice, cost.gather(2, choice[..., None])[..., 0])
-        cost.scatter_add_(2, choice[..., None], (~wins).to(cost.dtype)[..., None])
-    return torch.where(wins, choice, -1)
-
-
-def _plan_on_cpu(cost: Tensor, rounds: int) -> Tensor:
-    """``_plan``, following only the blocks that can still win; UNSURE throughout for an image where that is not enough.
-
-    A block that has to pay more than 0 loses from then on, and pays for ever more distant places. What it chooses
-    matters to nobody, unless it is block 0: see ``_contest``.
-    """
-    batch, count = cost.shape[:2]
-    table = cost.view(batch * count, count).numpy()
-    choice = torch.from_numpy(table.argmin(axis=1)).view(batch, count)
-    price = cost.gather(2, choice[..., None])[..., 0]
-    chosen, paid = choice.view(-1).numpy(), price.view(-1).numpy()
-    unsure = torch.zeros(batch, 1, dtype=torch.bool)
-    for turn in range(rounds):
-        wins = _contest(choice, price)
-        losers = (~wins & (price <= 0)).view(-1).nonzero()[:, 0].numpy()
-        if turn == rounds - 1 or not losers.size:
-            break
-        table[losers, chosen[losers]] += 1
-        chosen[losers] = table[losers].argmin(axis=1)
-        paid[losers] = table[losers, chosen[losers]]
-        unsure |= price[:, :1] > 0
-    return torch.where(unsure, UNSURE, torch.where(wins, choice, -1))
-
-
-def _contest(choice: Tensor, price: Tensor) -> Tensor:
-    """Which blocks [B, N] win the destination they chose.
-
-    The winner is the first minimum over all blocks of what they pay there, 0 for those that chose another place.
-    """
-    count = choice.shape[1]
-    index = torch.arange(count, device=choice.device).expand_as(choice)
-    lowest = torch.full_like(price, torch.inf).scatter_reduce_(1, choice, price, "amin")
-    contender = torch.where(price == lowest.gather(1, choice), index, count)
-    first = torch.full_like(choice, count).scatter_reduce_(1, choice, contender, "amin").gather(1, choice)
-    # The first block that chose elsewhere stands there with 0: block 0, except where block 0 itself chose.
-    beside_zero = choice == choice[:, :1]
-    absent = torch.where(beside_zero, torch.where(beside_zero, count, index).amin(dim=1, keepdim=True), 0)
-    return (first == index) & ((price < 0) | ((price == 0) & (index < absent)) | (absent == count))
-
-
-def move_blocks(images: Tensor, plan: Tensor, size: tuple[int, int]) -> Tensor:
-    """Blocks of ``size`` (rows, columns) pixels of ``images`` [B, C, H, W] moved by a ``plan`` of ``transport_plan``.
-
-    Places that receive nothing become zero.
-    """
-    batch, channels, height, width = images.shape
-    (tall, wide), count = size, plan.shape[1]
-    down, right = height // tall, width // wide
-    # the source of each destination; blocks that are lost write behind the last
-    source = torch.full((batch, count + 1), -1, device=images.device)
-    source.scatter_(1, torch.where(plan < 0, count, plan), torch.arange(count, device=images.device).expand(batch, -1))
-    source = source[:, :count]
-    # the same for pixels, as indices into a flattened image
-    block = source.clamp(min=0)
-    corner = block // right * (tall * width) + block % right * wide
-    row, column = torch.arange(tall, device=images.device), torch.arange(wide, device=images.device)
-    pixel = corner.view(batch, down, 1, right, 1) + (row[:, None] * width + column)[:, None]
-    filled = (source >= 0).to(images.dtype).view(batch, 1, down, 1, right, 1).expand(-1, -1, -1, tall, -1, wide)
-    moved = images.flatten(2).gather(2, pixel.view(batch, 1, -1).expand(-1, channels, -1))
-    return moved.view(images.shape) * filled.reshape(batch, 1, height, width)
 
 
 def _unary(saliency: Tensor, size: tuple[int, int]) -> Tensor:
@@ -474,7 +369,7 @@ class PuzzleMix(PartialMixing):
 
         with torch.no_grad():
             saliency = ones_where_zero(root_mean_square(gradient))
-            settings = {name: getattr(self, name) for name in MASK_SETTINGS}
+            settings: Any = {name: getattr(self, name) for name in MASK_SETTINGS}
             mask = block_mask(
                 part, saliency, partner, draws.lam, int(draws.num_blocks), self.mean, self.std, **settings
             )
@@ -484,7 +379,7 @@ class PuzzleMix(PartialMixing):
                 noise = float(draws.strength) * noise / std
                 a = a + noise * float(draws.perturbed[0])
                 b = b + noise[partner] * float(draws.perturbed[1])
-            mixed, ratio = _blend(a, b, saliency, partner, mask, self.transport, self.t_eps, self.t_size)
+            mixed, ratio = _blend(a, b, saliency, partner, mask, MaskValues(**settings))
             mixed = torch.cat((images[:clean], mixed))
             targets = mixed_targets(labels, permutation, F.pad(ratio, (clean, 0), value=1.0), self.num_classes)
         logits = model(mixed)

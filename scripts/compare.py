@@ -40,8 +40,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import load_data
 import main as program
 from mixup import METHODS
+from mixup.assignment import assign
 from mixup.base import bce_loss, one_hot
-from mixup.comix import assign, co_mix, compatibility
+from mixup.comix import co_mix, compatibility
 from mixup.cutmix import cut_box, paste_box
 from mixup.input import mix_images
 from mixup.puzzle import block_mask, puzzle_mix

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mixup import build_method, comix, gridcut
+from mixup import assignment, build_method, gridcut
+from mixup.assignment import assign
 from mixup.base import bce_loss, one_hot
-from mixup.comix import CoMixup, assign, co_mix, compatibility
+from mixup.comix import CoMixup, co_mix, compatibility
 
 from .common import golden, normalise
 
@@ -31,7 +32,7 @@ def cases() -> list[dict[str, Any]]:
 
 
 def use_solver(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(comix, "solver", lambda *_: getattr(gridcut, f"swap_{name}"))
+    monkeypatch.setattr(assignment, "solver", lambda *_: getattr(gridcut, f"swap_{name}"))
 
 
 def maps(*shape: int, seed: int = 0) -> Tensor:
@@ -146,7 +147,7 @@ def test_labels_out_of_reach_change_nothing(seed: int, count: int, side: int, sp
     down, across = np.full((side - 1, side), weight), np.full((side, side - 1), weight)
     # four edges a cell: at least what there are
     beats = (unary[..., None, :] > (unary + 4 * weight * scale)[..., None]).all((0, 1))[None]
-    keep = comix._reachable(comix._bits(beats)[0], comix._bits(beats.transpose(0, 2, 1))[0])
+    keep = assignment._reachable(assignment._bits(beats)[0], assignment._bits(beats.transpose(0, 2, 1))[0])
     fewer = keep[gridcut.swap(unary[:, :, keep], distance[np.ix_(keep, keep)], down, across)]
     assert np.array_equal(fewer, gridcut.swap(unary, distance, down, across))
 
@@ -156,9 +157,9 @@ def test_labels_out_of_reach_are_found() -> None:
     for best, reachable in (([2], [2]), ([3, 4], [0, 3, 4])):
         beats = np.zeros((1, 5, 5), bool)
         beats[0, best] = ~np.isin(np.arange(5), best)
-        wins, loses = comix._bits(beats)[0], comix._bits(beats.transpose(0, 2, 1))[0]
-        assert comix._reachable(wins, loses).tolist() == reachable
-    assert comix._reachable([0] * 70, [0] * 70).tolist() == list(range(70))
+        wins, loses = assignment._bits(beats)[0], assignment._bits(beats.transpose(0, 2, 1))[0]
+        assert assignment._reachable(wins, loses).tolist() == reachable
+    assert assignment._reachable([0] * 70, [0] * 70).tolist() == list(range(70))
 
 
 @pytest.mark.skipif(gridcut._gco() is None or gridcut._ortools() is None, reason="needs both solvers")
@@ -221,7 +222,7 @@ def test_parts_do_not_see_each_other(threshold_type: str) -> None:
 def test_the_same_image_over_and_over_is_told_apart() -> None:
     """Where outputs use one set of images, the last round gives them extra costs."""
     counts = np.array([[8, 8, 0, 0], [8, 8, 0, 0], [0, 0, 16, 0], [0, 0, 16, 0], [4, 12, 0, 0]], np.float32)
-    extra = comix._resolve(counts)
+    extra = assignment._resolve(counts)
     assert extra.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
 
 
@@ -272,12 +273,20 @@ def test_gamma_spreads_inputs_and_prior_draws_to_them() -> None:
         ({"initial_labels": np.zeros((4, 2, 2), int)}, "initial_labels must be"),
         ({"compatibility": torch.eye(3)}, "compatibility must be"),
         ({"threshold_type": "firm"}, "'firm'"),
+        ({"beta": -0.1}, "beta must be .* got -0.1"),
+        ({"iterations": 0}, "iterations 0"),
     ],
 )
 def test_wrong_values(change: dict[str, Any], message: str) -> None:
     saliency = maps(4, 16, 16)
     with pytest.raises(ValueError, match=message):
         assign(saliency, **{**draws_for(saliency, 4), **change})
+
+
+def test_a_setting_that_does_not_exist() -> None:
+    saliency = maps(4, 16, 16)
+    with pytest.raises(TypeError, match="tresh"):
+        assign(saliency, **draws_for(saliency, 4), treshold=0.5)
 
 
 def test_wrong_shapes() -> None:

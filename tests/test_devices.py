@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixup import METHODS, build_method
+from mixup.assignment import assign
 from mixup.base import Method, Step, bce_loss, one_hot
-from mixup.comix import assign, co_mix, compatibility
+from mixup.comix import co_mix, compatibility
 from mixup.cutmix import paste_box
 from mixup.puzzle import block_mask, puzzle_mix
 from mixup.sage import Sage, best_offsets, blend, gaussian_blur

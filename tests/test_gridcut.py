@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from argparse import ArgumentParser
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import main as program
 from mixup import gridcut
-from mixup.gridcut import scale_floats, swap, swap_gco, swap_ortools
-from utils.files import UserError
+from mixup.gridcut import NoSolver, scale_floats, swap, swap_gco, swap_ortools
 
 needs_gco = pytest.mark.skipif(gridcut._gco() is None, reason="compares with gco-wrapper, which is not installed")
 
@@ -187,12 +188,20 @@ def test_bad_input_is_refused(change, message):
 def test_a_missing_solver_names_the_package(monkeypatch):
     terms = random_grids(np.random.default_rng(0), 1, 2, 2, 2, 5)
     monkeypatch.setattr(gridcut, "_ortools", lambda: None)
-    with pytest.raises(UserError, match="ortools"):
+    with pytest.raises(NoSolver, match="ortools"):
         swap(terms[0] * 2**40, *terms[1:])
     monkeypatch.setattr(gridcut, "_gco", lambda: None)
-    with pytest.raises(UserError, match="pip install ortools") as caught:
+    with pytest.raises(NoSolver, match="pip install ortools") as caught:
         swap(*terms)
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_solver_costs_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(gridcut, "_ortools", lambda: None)
+    monkeypatch.setattr(gridcut, "_gco", lambda: None)
+    terms = random_grids(np.random.default_rng(0), 1, 2, 2, 2, 5)
+    assert program.exit_code(ArgumentParser(), lambda: int(swap(*terms).sum())) == 1
+    assert capsys.readouterr().err.startswith("error: this method needs a grid cut solver")
 
 
 def test_floats_become_the_integers_of_gco():

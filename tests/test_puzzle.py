@@ -16,7 +16,8 @@ from torch import nn
 from mixup import build_method
 from mixup.base import bce_loss, one_hot
 from mixup.gridcut import swap
-from mixup.puzzle import PuzzleMix, block_mask, block_sizes, move_blocks, puzzle_mix, transport_plan
+from mixup.puzzle import PuzzleMix, block_mask, block_sizes, puzzle_mix
+from mixup.transport import move_blocks, transport_plan
 
 from .common import MEAN, STD, golden, normalise
 
@@ -314,6 +315,7 @@ def test_ratio_and_inputs(seed, shape, n_labels, t_size, transport, lam):
         ({"t_size": 3}, "t_size 3"),
         ({"t_size": 0}, "t_size 0"),
         ({"n_labels": 1}, "1"),
+        ({"gamma": -0.5}, "gamma must be .* got -0.5"),
     ],
 )
 def test_bad_arguments(change, message):
@@ -328,6 +330,12 @@ def test_bad_arguments(change, message):
     }
     with pytest.raises(ValueError, match=message):
         puzzle_mix(**{**good, **change})
+
+
+def test_a_setting_that_does_not_exist():
+    arguments = torch.zeros(2, 3, 32, 32), torch.ones(2, 32, 32), torch.tensor([1, 0]), 0.5, 4, MEAN, STD
+    with pytest.raises(TypeError, match="n_label"):
+        puzzle_mix(*arguments, n_label=3)
 
 
 def test_bad_transport():

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from mixup.gridcut import NoSolver
+
 from .files import BadArguments, UserError
 
 
@@ -33,7 +35,7 @@ def exit_code(parser: ArgumentParser, work: Callable[[], int]) -> int:
         return work()
     except BadArguments as error:
         parser.error(str(error))
-    except UserError as error:
+    except (UserError, NoSolver) as error:
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError:
         print("error: out of GPU memory: make --batch_size smaller", file=sys.stderr)
