@@ -30,10 +30,10 @@ import torch
 from load_data import Data, load
 from mixup import build_method
 from models import build_model
-from utils import checkpoint, distributed, options, records, runs, train
-from utils.files import BadArguments, UserError
+from utils import archive, checkpoint, options, processes, records, runs, train
+from utils.device import device_name, pick_device, prepare, set_precision
+from utils.errors import BadArguments, StopSignal, UserError, exit_code
 from utils.records import log
-from utils.runtime import StopSignal, device_name, exit_code, pick_device, prepare, set_precision
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, typed: set[str]) -> int:
     """Train, from the start or from where the run's folder stands."""
-    if args.ngpu > 1 and torch.cuda.is_available() and not distributed.is_launched():
+    if args.ngpu > 1 and torch.cuda.is_available() and not processes.is_launched():
         if args.ngpu > torch.cuda.device_count():
             raise BadArguments(f"--ngpu {args.ngpu}: this box has {torch.cuda.device_count()} GPUs")
-        return distributed.launch(args.ngpu, sys.argv)
-    world = distributed.join(args.ngpu)
+        return processes.launch(args.ngpu, sys.argv)
+    world = processes.join(args.ngpu)
     if args.batch_size % world.size:
         raise BadArguments(f"--batch_size {args.batch_size} does not divide over {world.size} processes")
     device, warning = pick_device(args.ngpu)
@@ -60,8 +60,8 @@ def run(args: argparse.Namespace, typed: set[str]) -> int:
     stop = StopSignal()
     with runs.lock(folder, args) if folder else nullcontext() as lock:
         finished = runs.is_finished(folder, settings) if folder else False
-        if distributed.from_first(finished):
-            distributed.leave()
+        if processes.from_first(finished):
+            processes.leave()
             return 0
         records.start_log(folder / "log.txt" if folder else None, quiet=world.rank > 0)
         if warning:
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, typed: set[str]) -> int:
             log.info(f"stopped in {where}; the same command continues there")
         else:
             finish(job)
-        distributed.leave()
+        processes.leave()
         return stop.exit_code if stopped else 0
 
 
@@ -90,10 +90,10 @@ def prepare_run(
     folder: Path | None,
     device: torch.device,
     stop: StopSignal,
-    world: distributed.World,
+    world: processes.World,
 ) -> train.Run:
     """Data, method, model and optimiser, before the first epoch."""
-    with distributed.one_first(world):  # one process a box decodes and caches the images
+    with processes.one_first(world):  # one process a box decodes and caches the images
         data = load_images(args, typed).to(device)
     if args.batch_size > len(data.train):
         raise BadArguments(f"--batch_size {args.batch_size} is above the {len(data.train)} training images")
@@ -111,7 +111,7 @@ def prepare_run(
     torch.manual_seed(args.seed)
     model = build_model(args.arch, len(data.classes), data.stride, args.initial_channels, args.dropout)
     if args.sync_bn:
-        model = distributed.synchronise_batch_norm(model)
+        model = processes.synchronise_batch_norm(model)
     model = prepare(model, device, args.fast)
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -142,7 +142,7 @@ def open_checkpoint(
 ) -> tuple[torch.nn.Module, Data, int | None]:
     """The network in ``args.resume`` and the data it is for, on ``device``; settings not typed are the checkpoint's.
     Then, of a checkpoint of this project, the epochs it was trained."""
-    state = checkpoint.load(args.resume)
+    state = archive.load(args.resume)
     with well_formed(args.resume):
         options.adopt(args, typed, state.get("settings", {}))
     data = load_images(args, typed).to(device)
@@ -179,8 +179,8 @@ def restore(job: train.Run) -> None:
             if any(state.get(name, value) != value for name, value in ours.items()):
                 raise UserError(f"the images of {data.source} are others than those that {resume} was begun with")
         elif resume:
-            state = checkpoint.load(resume)
-    state = distributed.from_first(state)
+            state = archive.load(resume)
+    state = processes.from_first(state)
     if state is None:
         return
     if state.get("classes", data.classes) != data.classes:

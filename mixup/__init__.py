@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import Any
 
-from load_data import NORMALISATION
-
 from .base import Method
 from .comix import CoMixup
 from .cutmix import CutMix
@@ -20,6 +18,7 @@ from .manifold import ManifoldMixup
 from .puzzle import PuzzleMix
 from .sage import Sage
 from .saliencymix import SaliencyMix
+from .settings import NORMALISATION
 from .vanilla import Vanilla
 
 METHODS: dict[str, type[Method]] = {

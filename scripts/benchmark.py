@@ -52,9 +52,10 @@ from mixup.saliency import fine_grained_saliency, input_gradient, mean_magnitude
 from mixup.saliencymix import peak_box, saliency_peak
 from models import ARCHITECTURES, build_model
 from utils import records
-from utils.files import atomic_write
+from utils.archive import atomic_write
+from utils.device import prepare, set_precision
+from utils.errors import exit_code
 from utils.options import Parser, number, one_of
-from utils.runtime import exit_code, prepare, set_precision
 from utils.train import step_taker
 
 CLASSES = 10

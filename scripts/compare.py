@@ -56,10 +56,10 @@ from mixup.saliency import (
 )
 from mixup.saliencymix import peak_box, saliency_peak
 from models import ARCHITECTURES, build_model
-from utils import checkpoint
-from utils.files import BadArguments, UserError, atomic_write
+from utils import archive, images
+from utils.archive import atomic_write
+from utils.errors import BadArguments, UserError, exit_code
 from utils.options import Parser, number, one_of
-from utils.runtime import exit_code
 
 SIDE = 32  # images are cropped to multiples of it
 PUZZLE_BLOCKS = 8  # the finest of Puzzle Mix's block counts whose blocks neighbouring pixels of 4×4 divide at 224×224
@@ -181,22 +181,21 @@ def read_sources(args: argparse.Namespace) -> Sources:
         Path(str(resources.files("matplotlib") / "mpl-data" / "sample_data" / "grace_hopper.jpg")),
     ]
     height, width = (
-        args.image_size or min(sides)
-        for sides in zip(*(load_data.image_shape(str(path)) for path in paths), strict=True)
+        args.image_size or min(sides) for sides in zip(*(images.image_shape(str(path)) for path in paths), strict=True)
     )
     height, width = height - height % SIDE, width - width % SIDE
     if not height or not width:
         raise UserError(f"the smallest height and width of these images are below {SIDE} pixels")
-    images = np.stack([load_data.read_image(str(path), height, width) for path in paths])
+    files = np.stack([images.read_image(str(path), height, width) for path in paths])
     names = [path.stem.replace("_", " ") for path in paths]
-    return Sources(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, names)
+    return Sources(torch.from_numpy(files).permute(0, 3, 1, 2).float() / 255, names)
 
 
 def load_network(args: argparse.Namespace) -> tuple[nn.Module | None, dict[str, Any]]:
     """The checkpoint's network in eval mode and what the checkpoint holds; None and nothing without one."""
     if not args.checkpoint:
         return None, {}
-    state = checkpoint.load(args.checkpoint)
+    state = archive.load(args.checkpoint)
     with program.well_formed(args.checkpoint):
         settings = state.get("settings", {})
         arch = args.arch or settings.get("arch", "preactresnet18")

@@ -51,11 +51,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main as program
 from load_data import Data, Split, test_batches
 from utils import options, records
-from utils.files import BadArguments, UserError, atomic_write
+from utils.archive import atomic_write
+from utils.device import device_name, pick_device, set_precision
+from utils.errors import BadArguments, UserError, exit_code
 from utils.options import Parser, number, one_of
 from utils.records import log
 from utils.robustness import CORRUPTIONS, SEVERITIES, calibration, corrupt, fgsm, pgd
-from utils.runtime import device_name, exit_code, pick_device, set_precision
 from utils.train import hits
 
 PARTS = ("clean", "calibration", "corruptions", "fgsm", "pgd")

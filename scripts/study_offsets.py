@@ -32,9 +32,10 @@ from mixup.base import bce_loss, one_hot
 from mixup.sage import best_offsets, blend, every_offset, exact_scores, gaussian_blur
 from mixup.saliency import input_gradient, mean_magnitude, ones_where_zero
 from utils import options, results
-from utils.files import BadArguments, UserError, atomic_write
+from utils.archive import atomic_write
+from utils.device import pick_device, set_precision
+from utils.errors import BadArguments, UserError, exit_code
 from utils.options import Parser, number
-from utils.runtime import exit_code, pick_device, set_precision
 
 SHARES = (0.01, 0.1, 1.0)
 COLOURS = dict(zip(SHARES, ("#999999", "#56b4e9", "#d55e00"), strict=True))

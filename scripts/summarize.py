@@ -41,7 +41,8 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mixup import METHODS
-from utils.files import BadArguments, UserError, atomic_write
+from utils.archive import atomic_write
+from utils.errors import BadArguments, UserError, exit_code
 from utils.options import Parser
 from utils.results import (
     FLAGS,
@@ -58,7 +59,6 @@ from utils.results import (
     words,
     write_table,
 )
-from utils.runtime import exit_code
 
 LOOKS = {  # colour (after Okabe and Ito, told apart by colour-blind readers) and marker
     "vanilla": ("#000000", "o"),

@@ -103,10 +103,10 @@ def limit_files(size: int) -> None:
 
 
 def without_pictures() -> None:
-    """Drawing takes most of the time of a small run."""
-    from utils import records
+    """Plotting takes most of the time of a small run."""
+    from utils import pictures
 
-    records.draw_curves = records.draw_mixed = lambda path, *rest: path.write_bytes(b"")  # type: ignore[assignment]
+    pictures.plot_curves = pictures.plot_mixed = lambda path, *rest: path.write_bytes(b"")  # type: ignore[assignment]
 
 
 def send_at(where: str, *numbers: int, call: int = 1) -> None:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from utils import checkpoint
-from utils.files import UserError, atomic_write
+from utils import archive, checkpoint
+from utils.archive import atomic_write
+from utils.errors import UserError
 
 
 def state(epoch: int) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def state(epoch: int) -> dict[str, Any]:
 def test_last_previous_and_best_are_kept(tmp_path: Path) -> None:
     for epoch in range(3):
         checkpoint.save(state(epoch), tmp_path, best=epoch == 1)
-    found = {name: checkpoint.load(tmp_path / name)["progress"]["epoch"] for name in os.listdir(tmp_path)}
+    found = {name: archive.load(tmp_path / name)["progress"]["epoch"] for name in os.listdir(tmp_path)}
     assert found == {checkpoint.LAST: 2, checkpoint.PREVIOUS: 1, checkpoint.BEST: 1}
 
 
@@ -43,8 +44,8 @@ def test_every_damage_is_found_and_the_one_before_is_used(tmp_path: Path) -> Non
         flipped[place] ^= 1 << (place % 8)
         for damaged in (bytes(flipped), whole[:place]):
             path.write_bytes(damaged)
-            with pytest.raises(checkpoint.DamagedCheckpoint, match=r"damaged|cannot be read"):
-                checkpoint.load(path)
+            with pytest.raises(archive.DamagedCheckpoint, match=r"damaged|cannot be read"):
+                archive.load(path)
             found = checkpoint.load_last(tmp_path)
             assert found is not None
             assert found["progress"]["epoch"] == 1
@@ -55,7 +56,7 @@ def test_every_damage_is_found_and_the_one_before_is_used(tmp_path: Path) -> Non
 def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
     assert checkpoint.load_last(tmp_path) is None
     with pytest.raises(UserError, match="nowhere"):
-        checkpoint.load(tmp_path / "nowhere")
+        archive.load(tmp_path / "nowhere")
 
 
 def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -94,8 +95,8 @@ def test_published_checkpoints_open_without_their_classes(
     }
     torch.save(published, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=zipped)
     monkeypatch.delattr(sys.modules["__main__"], "AverageMeter")
-    found = checkpoint.load(tmp_path / "old.pth.tar")
-    assert isinstance(found["recorder"], checkpoint.Inert)
+    found = archive.load(tmp_path / "old.pth.tar")
+    assert isinstance(found["recorder"], archive.Inert)
     assert found["state_dict"]["module.fc.bias"].tolist() == [0, 1, 2]
 
 
@@ -133,7 +134,7 @@ def test_hostile_pickles_are_refused(
     else:
         path.write_bytes(HOSTILE[family])
     with pytest.raises(UserError, match="hostile"):
-        checkpoint.load(path)
+        archive.load(path)
     assert not (tmp_path / "PWNED_00").exists()
 
 
@@ -145,4 +146,4 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
         for name in source.namelist():
             target.writestr(name, source.read(name))
     with pytest.raises(UserError, match="compressed"):
-        checkpoint.load(path)
+        archive.load(path)

@@ -28,7 +28,7 @@ from mixup.puzzle import block_mask, puzzle_mix
 from mixup.sage import Sage, best_offsets, blend, gaussian_blur
 from mixup.saliency import fine_grained_saliency, input_gradient, mean_magnitude
 from models import build_model
-from utils.runtime import prepare
+from utils.device import prepare
 from utils.train import step_taker
 
 from .common import MEAN, SAGE, STD, golden, load_fixed_weights, main, normalise, rows, weights

@@ -24,7 +24,7 @@ from main import prepare_run
 from mixup import METHODS, build_method, gridcut
 from mixup.base import Method, Step
 from utils import options, train
-from utils.distributed import World
+from utils.processes import World
 
 SOURCES = {  # the words that name each, but for its folder
     "cifar10 as published": "cifar10",

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from mixup import METHODS, build_method
 from tests import forked
 from tests.common import rows
-from utils import checkpoint, options
-from utils.files import remove_leftovers
+from utils import archive, checkpoint, options
+from utils.archive import remove_leftovers
 
 KILLS = 7  # of each method
 OF_METHOD = {"sage": ["--rand_pos", "0.05", "--update_ratio", "0.7"], "vanilla": ["--dropout", "True"]}
@@ -83,7 +83,7 @@ def assert_same(folder: Path, expected: Path) -> None:
     """metrics.csv but for measurements, weights, optimiser and best checkpoint, bit by bit; nothing left over."""
     assert rows(folder) == rows(expected)
     for name in (checkpoint.LAST, checkpoint.BEST):
-        ours, theirs = (checkpoint.load(path / name) for path in (folder, expected))
+        ours, theirs = (archive.load(path / name) for path in (folder, expected))
         for key in theirs["state_dict"]:
             assert torch.equal(ours["state_dict"][key], theirs["state_dict"][key]), key
         for key, value in theirs["optimizer"]["state"].items():
@@ -98,7 +98,7 @@ def assert_whole(folder: Path) -> None:
     """Whatever has its real name is whole, and nothing temporary is left."""
     for path in folder.iterdir():
         if path.suffix == ".tar":
-            checkpoint.load(path)
+            archive.load(path)
         elif path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".png":
@@ -168,14 +168,12 @@ def test_killed_at_every_file_operation_of_a_save(tmp_path: Path) -> None:
         process.join()
         if process.exitcode == 0:
             total = pipe.recv()
-        last, best = (
-            checkpoint.load(folder / name)["progress"]["epoch"] for name in (checkpoint.LAST, checkpoint.BEST)
-        )
+        last, best = (archive.load(folder / name)["progress"]["epoch"] for name in (checkpoint.LAST, checkpoint.BEST))
         assert (last, best) in ((1, 1), (1, 2), (2, 2))
-        assert checkpoint.load(folder / checkpoint.PREVIOUS)["progress"]["epoch"] in (0, 1)
+        assert archive.load(folder / checkpoint.PREVIOUS)["progress"]["epoch"] in (0, 1)
         remove_leftovers(folder)
         checkpoint.save({"sage": 1, "state_dict": {}, "progress": {"epoch": 3}}, folder)
-        assert checkpoint.load(folder / checkpoint.PREVIOUS)["progress"]["epoch"] == last
+        assert archive.load(folder / checkpoint.PREVIOUS)["progress"]["epoch"] == last
         assert_whole(folder)
     assert last == 2
     assert operation == total + 1
@@ -200,7 +198,7 @@ def test_files_that_cannot_grow(words: list[object], tmp_path: Path, whole: Path
 
 def test_files_that_cannot_grow_but_a_checkpoint_can(words: list[object], stopped: Path, whole: Path) -> None:
     """Pictures, log and events are not worth stopping for."""
-    for name in ("utils.records:draw_curves", "utils.records:draw_mixed", "utils.records:scalars"):
+    for name in ("utils.pictures:plot_curves", "utils.pictures:plot_mixed", "utils.records:scalars"):
         first = partial(forked.fail_at, name, errno.ENOSPC)
         code, said = forked.start(*words, "--root_dir", stopped.parent, first=first).end()
         assert code == 0
@@ -350,16 +348,16 @@ def test_overwrite_of_nothing(words: list[object], tmp_path: Path, whole: Path) 
 @pytest.mark.parametrize(
     ("where", "call", "numbers", "expected"),
     [
-        ("load_data:_list_tree", 1, [signal.SIGTERM], 143),
-        ("load_data:_list_tree", 1, [signal.SIGINT], 130),
-        ("load_data:_list_tree", 1, [signal.SIGUSR1], 143),
+        ("utils.images:_list_tree", 1, [signal.SIGTERM], 143),
+        ("utils.images:_list_tree", 1, [signal.SIGINT], 130),
+        ("utils.images:_list_tree", 1, [signal.SIGUSR1], 143),
         ("mixup.vanilla:bce_loss", 2, [signal.SIGTERM], 143),
         ("mixup.vanilla:bce_loss", 4, [signal.SIGINT], 130),
         ("mixup.vanilla:bce_loss", 5, [signal.SIGUSR1], 143),
         ("utils.train:test_batches", 1, [signal.SIGTERM], 143),
-        ("utils.checkpoint:_link", 3, [signal.SIGINT], 130),
-        ("utils.checkpoint:_link", 3, [signal.SIGINT, signal.SIGINT], 130),
-        ("utils.records:draw_mixed", 1, [signal.SIGINT, signal.SIGINT], 130),
+        ("utils.checkpoint:link", 3, [signal.SIGINT], 130),
+        ("utils.checkpoint:link", 3, [signal.SIGINT, signal.SIGINT], 130),
+        ("utils.pictures:plot_mixed", 1, [signal.SIGINT, signal.SIGINT], 130),
         ("utils.records:write_metrics", 1, [signal.SIGUSR1], 143),
     ],
 )
@@ -466,7 +464,7 @@ def test_loss_that_is_not_finite(words: list[object], tmp_path: Path, method: st
     assert "not finite in epoch 0, step" in said
     assert f"({method}, learning rate 1e+18). Try a smaller --learning_rate" in said
     for path in tmp_path.glob("*/*.tar"):
-        assert all(value.isfinite().all() for value in checkpoint.load(path)["state_dict"].values())
+        assert all(value.isfinite().all() for value in archive.load(path)["state_dict"].values())
 
 
 class Probe(nn.Module):
@@ -577,7 +575,7 @@ def test_combinations_are_refused_before_training(words: list[object], tmp_path:
     ],
 )
 def test_checkpoints_with_other_content(words: list[object], whole: Path, tmp_path: Path, key: str, value: Any) -> None:
-    state = checkpoint.load(whole / checkpoint.LAST) | {key: value}
+    state = archive.load(whole / checkpoint.LAST) | {key: value}
     path = tmp_path / "odd.pth"
     torch.save({name: content for name, content in state.items() if name != "sage"}, path)
     for purpose in ("--evaluate",) if key in ("settings", "mean") else ("--root_dir", "--evaluate"):

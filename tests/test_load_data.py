@@ -25,8 +25,10 @@ from PIL import Image
 from torch import Tensor
 
 import load_data
-from load_data import NORMALISATION, Data, Split, load, read_image
-from utils.files import UserError
+from load_data import NORMALISATION, Data, Split, load
+from utils import images as image_files
+from utils.errors import UserError
+from utils.images import read_image
 
 
 def pixels(height: int = 32, width: int = 32, seed: int = 0) -> np.ndarray:
@@ -607,7 +609,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         paths.append(path)
         return read_image(path, height, width)
 
-    monkeypatch.setattr(load_data, "read_image", spy)
+    monkeypatch.setattr(image_files, "read_image", spy)
     return paths
 
 
@@ -725,7 +727,7 @@ def test_data_dir_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     def refuse(path: str) -> None:
         raise OSError(30, "Read-only file system", path)
 
-    monkeypatch.setattr(load_data, "atomic_write", refuse)
+    monkeypatch.setattr(image_files, "atomic_write", refuse)
     lines: list[str] = []
     assert len(load("folder", tmp_path, progress=False, warn=lines.append).train) == 8
     assert len(lines) == 1

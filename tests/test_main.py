@@ -19,8 +19,8 @@ from PIL import Image
 import main as program
 from tests.common import ENVIRONMENT, ROOT, SAGE, SMALL, main, rows, weights
 from utils import options, train
-from utils.distributed import ImageWeight, World
-from utils.runtime import StopSignal
+from utils.errors import StopSignal
+from utils.processes import ImageWeight, World
 
 
 @pytest.fixture(scope="module")

@@ -196,7 +196,7 @@ NARROW = """
 import torch
 from mixup.base import bce_loss, one_hot
 from models import build_model
-from utils.runtime import prepare
+from utils.device import prepare
 for fast in (False, True):
     for side in (32, 48, 32, 48):
         model = prepare(build_model("preactresnet18", 3, 1, 4), torch.device("cpu"), fast)

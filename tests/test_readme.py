@@ -18,8 +18,8 @@ from load_data import Data, Split, train_batches
 from mixup import METHODS
 from tests.common import ENVIRONMENT, ROOT
 from utils import options
-from utils.distributed import World
-from utils.runtime import StopSignal
+from utils.errors import StopSignal
+from utils.processes import World
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for line in README.splitlines() if line.startswith("python3 main.py") and "…" not in line]

@@ -16,7 +16,7 @@ import pytest
 from scripts import summarize
 from tests.common import ENVIRONMENT, ROOT, SAGE, SMALL, main
 from utils import records
-from utils.files import UserError
+from utils.errors import UserError
 from utils.results import ROBUSTNESS, grouped, read_roots, write_table
 
 SETTINGS = {

@@ -7,8 +7,8 @@ import torch._dynamo  # noqa: F401  # the first optimiser imports it
 
 import main  # noqa: F401
 import tests.forked  # noqa: F401
-from utils import records
+from utils import pictures, records
 
 row = dict.fromkeys(records.COLUMNS, 1.0)
 with TemporaryDirectory() as folder:
-    records.draw_curves(Path(folder) / "curves.png", [row], "", [])
+    pictures.plot_curves(Path(folder) / "curves.png", [row], "", [])

@@ -1,1 +1,1 @@
-"""What training needs around the methods: loop, checkpoints, records, runtime."""
+"""What training needs around the methods: loop, runs, checkpoints, records, pictures, devices."""

@@ -18,7 +18,8 @@ from mixup import METHODS, build_method, setting_defaults
 from models import ARCHITECTURES
 
 from . import options, records
-from .files import UserError, atomic_write
+from .archive import atomic_write
+from .errors import UserError
 
 Key = tuple[str, ...]
 Row = dict[str, str]  # numbers stay text, so that a table of runs says exactly what its folders say

@@ -15,7 +15,8 @@ from mixup import build_method
 from mixup.base import Method
 
 from . import options, records
-from .files import BadArguments, UserError, remove_leftovers
+from .archive import remove_leftovers
+from .errors import BadArguments, UserError
 
 LOCK = ".lock"
 

@@ -22,13 +22,13 @@ from tqdm import tqdm
 from load_data import Data, Split, steps_per_epoch, test_batches, train_batches
 from mixup.base import Method, Step
 
-from . import checkpoint, distributed, records
-from .distributed import World
-from .files import UserError
+from . import checkpoint, pictures, processes, records
+from .device import peak_memory, step_generator
+from .errors import StopSignal, UserError
 from .graph import Captured, Take
+from .processes import World
 from .records import log
 from .runs import LOCK
-from .runtime import StopSignal, peak_memory, step_generator
 
 EVALUATION_BATCH = {"cpu": 250, "mps": 500, "cuda": 1000}  # images of 32×32; fewer of larger ones
 MIXED = "mixed.png"
@@ -165,7 +165,7 @@ def evaluate(
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums[number] = torch.stack([loss, *hits(logits, labels)])
     model.train(was_training)
-    return scores([*distributed.total(sums).sum(dim=0).tolist(), len(split)], prefix)
+    return scores([*processes.total(sums).sum(dim=0).tolist(), len(split)], prefix)
 
 
 def sum_type(device: torch.device) -> torch.dtype:
@@ -195,7 +195,7 @@ class Meter:
     def settle(self, run: Run) -> None:
         """Put the sums of all ranks into the run's progress."""
         self.read(run)
-        run.progress.sums = distributed.total(self.sums).tolist()
+        run.progress.sums = processes.total(self.sums).tolist()
 
 
 def step_taker(
@@ -219,7 +219,7 @@ def step_taker(
     return take
 
 
-def train_epoch(run: Run, network: nn.Module, take: Take, weight: distributed.ImageWeight) -> bool:
+def train_epoch(run: Run, network: nn.Module, take: Take, weight: processes.ImageWeight) -> bool:
     """The rest of the epoch in progress. Leaves sums, position and seconds in ``run.progress``.
 
     Returns whether it was finished; False if a signal came and everything was saved.
@@ -256,7 +256,7 @@ def train_epoch(run: Run, network: nn.Module, take: Take, weight: distributed.Im
             progress.step = step + 1
             if no_picture and run.folder is not None:
                 no_picture = False
-                keep_going(partial(records.draw_mixed, run.folder / MIXED, result, images, run.data))
+                keep_going(partial(pictures.plot_mixed, run.folder / MIXED, result, images, run.data))
 
             bar.update()
             now = time.monotonic()
@@ -274,7 +274,7 @@ def train_epoch(run: Run, network: nn.Module, take: Take, weight: distributed.Im
             if world.size > 1 and progress.step % AGREE_STEPS:
                 continue
             wanted = run.stop.exit_code or int(now - saved > 60 * args.checkpoint_minutes)
-            wanted = distributed.largest(wanted, device)
+            wanted = processes.largest(wanted, device)
             if wanted:
                 meter.settle(run)
                 refuse_bad_weights(run)
@@ -339,8 +339,8 @@ def keep_going(write: Any) -> None:
 def fit(run: Run) -> None:
     """Train to the last epoch, or until a signal; everything is saved when this returns."""
     args, progress = run.args, run.progress
-    weight = distributed.ImageWeight()
-    network = distributed.data_parallel(run.model, weight)
+    weight = processes.ImageWeight()
+    network = processes.data_parallel(run.model, weight)
     take = step_taker(run.method, network, run.optimizer, run.device, args.fast and run.world.size == 1)
     events = records.Events(run.folder, len(progress.rows)) if run.folder else None
     drawn = -math.inf
@@ -367,7 +367,7 @@ def fit(run: Run) -> None:
 
 def stopped(run: Run) -> bool:
     """Whether a signal came, to any rank; then every rank has its exit code."""
-    agreed = distributed.largest(run.stop.exit_code, run.device)
+    agreed = processes.largest(run.stop.exit_code, run.device)
     run.stop.exit_code = max(run.stop.exit_code, agreed)  # one that came while the ranks agreed counts next time
     return agreed > 0
 
@@ -376,7 +376,7 @@ def finish_epoch(run: Run, rate: float) -> dict[str, Any]:
     """Evaluate, save, and return the epoch's row."""
     progress = run.progress
     started = time.monotonic()
-    distributed.share_buffers(run.model)
+    processes.share_buffers(run.model)
     row: dict[str, Any] = dict.fromkeys(records.COLUMNS)
     row.update(epoch=progress.epoch, learning_rate=rate, **scores(progress.sums, "train"))
     if run.data.valid is not None:
@@ -417,4 +417,4 @@ def draw_curves(run: Run) -> None:
     """curves.png of the epochs so far."""
     if run.folder is not None and run.progress.rows:
         title, path = run.folder.name, run.folder / "curves.png"
-        keep_going(partial(records.draw_curves, path, run.progress.rows, title, run.args.schedule))
+        keep_going(partial(pictures.plot_curves, path, run.progress.rows, title, run.args.schedule))

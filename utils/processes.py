@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .files import BadArguments, UserError
+from .errors import BadArguments, UserError
 
 MEETING = timedelta(minutes=5)  # torchrun starts all processes at once; one may have to import from a cold, far disk
 

@@ -1,0 +1,64 @@
+"""How a command ends: errors that the user can mend, signals, and exit codes."""
+
+from __future__ import annotations
+
+import io
+import signal
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+
+import torch
+
+from mixup.gridcut import NoSolver
+
+
+class UserError(Exception):
+    """Something the user can mend: the message says what was wrong, the value, and what to do. No traceback."""
+
+
+class BadArguments(UserError):
+    """Arguments that turn out not to fit what is there."""
+
+
+def exit_code(parser: ArgumentParser, work: Callable[[], int]) -> int:
+    """What ``work()`` returns; after one line on stderr about what the user can mend: 2 for bad arguments, 128 + its
+    number for a signal, 1 for the rest."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with suppress(OSError):  # a stream that was put in another's place
+                stream.reconfigure(errors="replace")  # a ± is no reason to fail where the terminal has none
+    try:
+        return work()
+    except BadArguments as error:
+        parser.error(str(error))
+    except (UserError, NoSolver) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory: make --batch_size smaller", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.filename or ''} {error.strerror or error}".replace("  ", " "), file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("stopped", file=sys.stderr)
+        return stop.args[0] if stop.args else 130
+    return 1
+
+
+class StopSignal:
+    """Remembers SIGTERM, SIGINT or SIGUSR1 so that the loop can finish its batch and save. Stops at once, by
+    ``KeyboardInterrupt`` with the exit code, while not ``training``, when there is nothing to save, and on a second
+    SIGINT. ``exit_code`` is 0 until a signal came, then 130 (SIGINT) or 143."""
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+        self.training = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        again = number == signal.SIGINT and self.exit_code == 130
+        self.exit_code = 130 if number == signal.SIGINT else 143
+        if again or not self.training:
+            raise KeyboardInterrupt(self.exit_code)

@@ -1,0 +1,310 @@
+"""Trees of image files: listing, decoding, and keeping what was decoded.
+
+A tree has ``train/<class>/`` and ``test/<class>/``, or ``val/<class>/`` where there is no ``test/``, with PNG, JPEG or
+WebP files, in subfolders too; names that begin with a dot are skipped. Classes are numbered by name.
+In Tiny-ImageNet-200 as published ``val/val_annotations.txt`` gives the classes of the test images; nothing is moved.
+
+How a pixel is read: grey is repeated, 16 bits keep the upper 8, CMYK and palettes are converted, transparency lies
+over white, an animation gives its first frame, EXIF orientation is applied. What cannot be read stops with its path.
+
+Trees are decoded once and kept in ``.sage-cache-<size>.npz`` beside ``train`` (no pickles) until the name, size or
+time of change of a file differs; a damaged cache is noticed by its checksums and made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import unicodedata
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from .archive import atomic_write, remove_leftovers
+from .errors import UserError
+
+TINY_ARCHIVE = "tiny-imagenet-200.zip (http://cs231n.stanford.edu/tiny-imagenet-200.zip)"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+OTHER_SUFFIXES = (".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".jp2", ".jxl")
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS = 2**26  # 67 megapixels: above every usual camera, below what a decompression bomb needs
+MAX_COMMON_SIDE = 128
+CACHE_VERSION = 1
+
+
+class _File(NamedTuple):
+    path: str
+    size: int
+    changed: int  # ns
+
+
+def tree_root(dataset: str, folder: str) -> str | None:
+    candidates = [folder, os.path.join(folder, dataset)] if dataset == "tiny-imagenet-200" else [folder]
+    return next((root for root in candidates if os.path.isdir(os.path.join(root, "train"))), None)
+
+
+def load_tree(
+    root: str, size: int | None, workers: int, cache: bool, progress: bool, warn: Callable[[str], None]
+) -> tuple[list[str], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The tree below ``root`` from its cache, else decoded (and cached). ``size`` None: as the images suggest."""
+    classes, listings = _list_tree(root, warn)
+    files = [[file for members in listing for file in members] for listing in listings]
+    labels = [torch.tensor([k for k, members in enumerate(listing) for _ in members]) for listing in listings]
+    key = _fingerprint(root, files, size)
+    path = os.path.join(root, f".sage-cache-{size or 'auto'}.npz")
+    images = _read_cache(path, key, [len(part) for part in files], warn) if cache else None
+    if images is None:
+        images = _decode(files, size, workers, progress)
+        if cache:
+            remove_leftovers(root, os.path.basename(path), older_than=3600)  # a younger one may still be written
+            try:
+                with atomic_write(path) as file:
+                    np.savez(file, key=np.array(key), train=images[0], test=images[1])
+            except OSError as error:
+                warn(f"{root!r} cannot keep the decoded images ({error.strerror or error}); each start decodes anew")
+    train, test = ((torch.from_numpy(part), label) for part, label in zip(images, labels, strict=True))
+    return classes, train, test
+
+
+def _list_tree(root: str, warn: Callable[[str], None]) -> tuple[list[str], list[list[list[_File]]]]:
+    """Class names, and for training and test the files of each class."""
+    ignored: list[str] = []
+    train = _class_files(os.path.join(root, "train"), ignored)
+    annotations = os.path.join(root, "val", "val_annotations.txt")
+    if os.path.isfile(annotations):
+        other, test = "val", _annotated_files(annotations, ignored)
+    else:
+        other = next((name for name in ("test", "val") if os.path.isdir(os.path.join(root, name))), "")
+        if not other:
+            raise UserError(f"{root!r} has a folder train but neither test nor val; add test/<class>/ with images")
+        test = _class_files(os.path.join(root, other), ignored)
+    if train.keys() != test.keys():
+        (name, lacking), *more = [(name, other) for name in sorted(train.keys() - test.keys())] + [
+            (name, "train") for name in sorted(test.keys() - train.keys())
+        ]
+        rest = f" (and {len(more)} more such classes)" if more else ""
+        raise UserError(
+            f"class {name!r} is missing in {os.path.join(root, lacking)!r}{rest}; both need the same classes"
+        )
+    if len(train) < 2:
+        raise UserError(f"{os.path.join(root, 'train')!r} holds one class folder; training needs two or more")
+    if ignored:
+        warn(f"{len(ignored)} files that are not PNG, JPEG or WebP are left out, among them {min(ignored)!r}")
+    classes = sorted(train)
+    return classes, [[train[name] for name in classes], [test[name] for name in classes]]
+
+
+def _class_files(folder: str, ignored: list[str]) -> dict[str, list[_File]]:
+    """Image files of every class folder in ``folder``; other pictures are added to ``ignored``."""
+    try:
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+            names = [entry.name for entry in visible if stat.S_ISDIR(entry.stat().st_mode)]
+    except OSError as error:
+        raise _unreadable(error, folder) from None
+    if not names:
+        raise UserError(f"{folder!r} holds no class folders; put the images into {os.path.join(folder, '<class>')!r}")
+    found = {}
+    for name in sorted(names):
+        path = os.path.join(folder, name)
+        if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
+            raise UserError(f"the name of class folder {path!r} is not a line of text; rename it")
+        found[name] = _files_below(path, ignored)
+        if not found[name]:
+            raise UserError(f"class folder {path!r} holds no PNG, JPEG or WebP image; fill it or remove it")
+    return found
+
+
+def _annotated_files(annotations: str, ignored: list[str]) -> dict[str, list[_File]]:
+    """Files of Tiny-ImageNet's validation set by class: lines of ``val_annotations.txt`` begin with file and class."""
+    folder = os.path.join(os.path.dirname(annotations), "images")
+    files = {os.path.relpath(file.path, folder): file for file in _files_below(folder, ignored)}
+    found: dict[str, list[_File]] = {}
+    try:
+        with open(annotations, encoding="utf-8") as lines:
+            rows = [line.split() for line in lines if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{annotations!r} is not text; unpack {TINY_ARCHIVE} again") from None
+    except OSError as error:
+        raise _unreadable(error, annotations) from None
+    again = f"unpack {TINY_ARCHIVE} again"
+    for name, label, *_ in (row if len(row) > 1 else [*row, ""] for row in rows):
+        if not label or name not in files:
+            raise UserError(f"{annotations!r} names {name!r}, which is not in {folder!r} or has no class; {again}")
+        found.setdefault(label, []).append(files.pop(name))
+    if files:
+        raise UserError(f"image {min(files.values()).path!r} has no line in {annotations!r}; {again}")
+    return found
+
+
+def _files_below(folder: str, ignored: list[str]) -> list[_File]:
+    """Image files in ``folder`` and below, by name. Links are followed; a folder met twice is a loop and refused."""
+    found, pending, seen = [], [folder], set()
+    while pending:
+        current = pending.pop()
+        try:
+            info = os.stat(current)
+            if (info.st_dev, info.st_ino) in seen:
+                raise UserError(f"{current!r} leads to a folder already seen, perhaps by a loop of links; remove it")
+            seen.add((info.st_dev, info.st_ino))
+            with os.scandir(current) as entries:
+                for entry in entries:
+                    name = entry.name.lower()
+                    if name.startswith("."):
+                        continue
+                    if entry.is_symlink():
+                        entry.stat()  # a broken link is no reason to train on less
+                    if entry.is_dir():
+                        pending.append(entry.path)
+                    elif name.endswith(SUFFIXES):
+                        info = entry.stat()
+                        if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for ever
+                            raise UserError(f"{entry.path!r} is not a file; remove it")
+                        found.append(_File(entry.path, info.st_size, info.st_mtime_ns))
+                    elif name.endswith(OTHER_SUFFIXES):
+                        ignored.append(entry.path)
+        except OSError as error:
+            raise _unreadable(error, current) from None
+    return sorted(found)
+
+
+def _unreadable(error: OSError, path: str) -> UserError:
+    return UserError(f"cannot read {error.filename or path!r}: {error.strerror}; mend or remove it")
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# --------------------------------------------------------------------------------------------------- decoding and cache
+
+
+def _decode(files: Sequence[Sequence[_File]], size: int | None, workers: int, progress: bool) -> list[np.ndarray]:
+    """uint8 [N, 3, H, W] for every list of files, decoded by threads: Pillow lets them run beside each other."""
+    total = sum(len(part) for part in files)
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=total, desc="decoding images", unit=" images", disable=None if progress else True) as bar,
+    ):
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata, without a path
+        try:
+            height, width = (size, size) if size else _common_size(files)
+            images = [np.empty((len(part), 3, height, width), np.uint8) for part in files]
+
+            def decode(job: tuple[int, int]) -> int:
+                part, first = job
+                chunk = files[part][first : first + 64]
+                for i, file in enumerate(chunk, first):
+                    images[part][i] = read_image(file.path, height, width).transpose(2, 0, 1)
+                return len(chunk)
+
+            jobs = [(part, first) for part in range(len(files)) for first in range(0, len(files[part]), 64)]
+            for done in pool.map(decode, jobs):
+                bar.update(done)
+        except MemoryError:
+            raise UserError(f"{total} images do not fit into memory; choose a smaller image_size") from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return images
+
+
+def _common_size(files: Sequence[Sequence[_File]]) -> tuple[int, int]:
+    """Height and width of all images where they agree and neither is above 128, else 64×64."""
+    shapes = (image_shape(file.path) for part in files for file in part)
+    first = next(shapes)
+    return first if max(first) <= MAX_COMMON_SIDE and all(shape == first for shape in shapes) else (64, 64)
+
+
+def image_shape(path: str) -> tuple[int, int]:
+    """Height and width in pixels, as stored; errors as ``read_image``."""
+    with _opened(path) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """A PNG, JPEG or WebP file; whatever goes wrong with it becomes a ``UserError`` with its path."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}×{image.height} pixels are too many")
+            yield image
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not a PNG, JPEG or WebP image" if unknown else getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"cannot read image {path!r}: {reason}; replace or remove it") from None
+
+
+def read_image(path: str, height: int, width: int) -> np.ndarray:
+    """An image file as uint8 [height, width, 3], cropped centrally to that shape and resized where it has another.
+
+    Raises:
+        UserError: with the path, for anything that is not a sound PNG, JPEG or WebP image of at most 67 megapixels.
+    """
+    with _opened(path) as opened:
+        opened.draft(opened.mode, (2 * width, 2 * height))  # spares most of the work on a large photograph
+        image: Image.Image = opened
+        if "exif" in image.info:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = _from_16_bit(image)
+        elif "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+        if image.size != (width, height):
+            scale = min(image.width / width, image.height / height)
+            left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+            box = (left, top, left + scale * width, top + scale * height)
+            image = image.resize((width, height), Image.Resampling.BICUBIC, box)
+        return np.asarray(image)
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    grey = (values >> 8).clip(0, 255)
+    grey[values == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+def _fingerprint(root: str, files: Sequence[Sequence[_File]], size: int | None) -> str:
+    """What the decoded images depend on: names, sizes and times of change of all files, and how they are decoded."""
+    lines = [repr((CACHE_VERSION, size, [len(part) for part in files]))]
+    lines += [f"{file.path[len(root) :]}\0{file.size}\0{file.changed}" for part in files for file in part]
+    return hashlib.blake2b(os.fsencode("\0\0".join(lines)), digest_size=16).hexdigest()
+
+
+def _read_cache(path: str, key: str, lengths: Sequence[int], warn: Callable[[str], None]) -> list[np.ndarray] | None:
+    """Training and test images, or None where the cache is missing, belongs to other files or is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.zip.infolist()):
+                raise ValueError("compressed")  # never written so: it could unpack to anything
+            if archive["key"] != key:
+                return None
+            images = [archive[name] for name in ("train", "test")]  # reading to the end compares the checksums
+        height, width = images[0].shape[2:]
+        if [(part.shape, part.dtype) for part in images] != [((n, 3, height, width), np.uint8) for n in lengths]:
+            raise ValueError("of another shape")
+        return images
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # damaged archives, too, raise nearly anything
+        warn(f"the cache {path!r} cannot be used ({one_line(error)}); the images are decoded again")
+        return None
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

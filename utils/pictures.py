@@ -1,0 +1,96 @@
+"""Pictures of a run: its curves, and its first mixed images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mixup.base import Step
+
+from .archive import atomic_write
+
+
+def plot_curves(path: Path, rows: Sequence[dict[str, Any]], title: str, schedule: Sequence[int]) -> None:
+    """Loss and accuracy against the epoch, with the epochs at which the learning rate changes."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    epochs = [row["epoch"] for row in rows]
+    marker = "o" if len(rows) < 3 else None
+    panels = figure.subplots(1, 2)
+    series: tuple[tuple[str, str, str], ...] = (
+        ("train", "tab:blue", "--"),
+        ("valid", "tab:green", "-"),
+        ("test", "tab:orange", "-"),
+    )
+    for panel, quantity in zip(panels, ("loss", "top1"), strict=True):
+        for name, colour, style in series:
+            values = [row[f"{name}_{quantity}"] for row in rows]
+            if values[-1] is not None:
+                label = f"{name} (mixed images)" if name == "train" else name
+                panel.plot(epochs, values, style, color=colour, label=label, linewidth=1.6, marker=marker)
+        for milestone in schedule:
+            if milestone <= epochs[-1]:
+                panel.axvline(milestone, color="0.75", linewidth=1, zorder=0)
+        panel.set_xlabel("epoch (grey lines: the learning rate changes)")
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("loss")
+    panels[0].set_title("train: binary cross-entropy; test: cross-entropy")
+    panels[0].set_yscale("log")
+    panels[1].set_ylabel("top-1 accuracy [%]")
+    best = max(rows, key=lambda row: row["test_top1"])
+    panels[1].set_title(
+        f"test: last {rows[-1]['test_top1']:.2f} %, best {best['test_top1']:.2f} % in epoch {best['epoch']}"
+    )
+    figure.suptitle(title, parse_math=False)
+    panels[1].legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_mixed(path: Path, step: Step, images: torch.Tensor, data: Any, pairs: int = 6) -> None:
+    """The first pairs of a batch: both images, both saliency maps, the mask, the mixed image, the target's shares."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    count = min(pairs, len(images))
+
+    def pixels(batch: torch.Tensor | None) -> list[np.ndarray] | None:
+        if batch is None:
+            return None
+        return [(image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy() for image in batch[:count].detach().cpu()]
+
+    def maps(batch: torch.Tensor | None) -> list[np.ndarray] | None:
+        return None if batch is None else list(batch[:count].detach().float().cpu().numpy())
+
+    saliency_a, saliency_b = step.saliency or (None, None)
+    columns: list[tuple[str, list[np.ndarray] | None, dict[str, Any]]] = [
+        ("image a", pixels(images), {}),
+        ("image b", pixels(step.partner), {}),
+        ("saliency a", maps(saliency_a), {"cmap": "magma"}),
+        ("saliency b", maps(saliency_b), {"cmap": "magma"}),
+        ("mask (white: a)", maps(step.mask), {"cmap": "gray", "vmin": 0, "vmax": 1}),
+        ("mixed", pixels(step.mixed), {}),
+    ]
+    shown = [(title, content, style) for title, content, style in columns if content is not None]
+    figure = Figure(figsize=(1.6 * len(shown), 1.85 * count), layout="constrained")
+    axes = figure.subplots(count, len(shown), squeeze=False)
+    for column, (title, content, style) in enumerate(shown):
+        for row, picture in enumerate(content):
+            axes[row, column].imshow(picture, **style)
+            axes[row, column].set_xticks([])
+            axes[row, column].set_yticks([])
+        axes[0, column].set_title(title, fontsize=11)
+    if step.targets is not None:
+        for row, target in enumerate(step.targets[:count].detach().float().cpu()):
+            shares = sorted(((float(v), data.classes[k]) for k, v in enumerate(target) if v > 0.005), reverse=True)
+            text = " + ".join(f"{100 * value:.0f} % {name}" for value, name in shares[:3])
+            axes[row, -1].set_xlabel(text, fontsize=9, loc="right", parse_math=False)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_write(path) as file:
+        FigureCanvasAgg(figure).print_png(file, pil_kwargs={"optimize": True})
