@@ -6,7 +6,8 @@
 
     load(dataset, data_dir, *, image_size=None, labels_per_class=None, valid_labels_per_class=0, seed=0, workers=None,
          cache=True, progress=True, warn=print to stderr) -> Data
-    Data: name, source, classes, mean, std, train, test, valid, flip; properties image_size, stride, padding; to(device)
+    Data: name, source, classes, mean, std, train, test, valid, flip, digests, limit;
+          properties image_size, stride, padding; to(device)
     train_batches(data, *, batch_size, seed, epoch, device, start=0) -> Iterator[(images, labels)]
     test_batches(split, data, *, batch_size, device) -> Iterator[(images, labels)]
     steps_per_epoch(number, batch_size) -> int
@@ -28,13 +29,14 @@ Where images come from:
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import os
 import socket
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -44,7 +46,7 @@ from torch import Tensor
 
 from mixup.settings import NORMALISATION, Colour
 from utils.errors import UserError
-from utils.images import TINY_ARCHIVE, cores, load_tree, one_line, tree_root
+from utils.images import TINY_ARCHIVE, cores, load_tree, one_line, pixel_digest, tree_root
 
 DATASETS = ("cifar10", "cifar100", "tiny-imagenet-200", "digits", "folder")
 IMAGE_SIZES = {"cifar10": 32, "cifar100": 32, "tiny-imagenet-200": 64, "digits": 32}
@@ -72,6 +74,10 @@ class Data:
         mean, std: of 1, per channel.
         train, test, valid: ``valid`` is None where no validation images were set aside.
         flip: whether training flips images horizontally.
+        digests: of the whole "train" and "test" split, pixels and labels in their order, before images are chosen by
+            seed: equal for runs of any seed and number of labels on the same data, another if one pixel differs.
+            Class names are not in it.
+        limit: the number of training images a class where ``labels_per_class`` left some out, else None.
     """
 
     name: str
@@ -83,6 +89,8 @@ class Data:
     test: Split
     valid: Split | None
     flip: bool
+    digests: dict[str, str] = field(default_factory=dict)
+    limit: int | None = None
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -231,13 +239,16 @@ def load(
     folder = os.path.abspath(data_dir)
     if dataset == "digits":
         source, (classes, train, test) = "scikit-learn's digits", _digits()
+        pixels = [pixel_digest(part.images.numpy()) for part in (train, test)]
     elif root := tree_root(dataset, folder):
         size = image_size or IMAGE_SIZES.get(dataset)
         source = f"image tree {root}"
-        classes, *splits = load_tree(root, size, workers or cores(), cache, progress, warn)
-        train, test = (Split(*split) for split in splits)
+        classes, splits = load_tree(root, size, workers or cores(), cache, progress, warn)
+        train, test = (Split(images, labels) for images, labels, _ in splits)
+        pixels = [digest for _, _, digest in splits]
     elif dataset in ("cifar10", "cifar100"):
         source, (classes, train, test) = f"torchvision's files in {folder}", _torchvision_cifar(dataset, folder)
+        pixels = [pixel_digest(part.images.numpy()) for part in (train, test)]
     else:
         wanted = "the folders train/<class>/ and test/<class>/ with PNG, JPEG or WebP images"
         if dataset == "tiny-imagenet-200":
@@ -245,12 +256,19 @@ def load(
         missing = "has no folder train" if os.path.isdir(folder) else "does not exist"
         raise UserError(f"data_dir {folder!r} {missing}; {dataset} needs {wanted} there")
 
+    digests = {"train": _digest(pixels[0], train.labels), "test": _digest(pixels[1], test.labels)}
     chosen, set_aside = _choose(train.labels, classes, labels_per_class, valid_labels_per_class, seed, warn)
     valid = Split(train.images[set_aside], train.labels[set_aside]) if len(set_aside) else None
+    limit = labels_per_class if len(chosen) + len(set_aside) < len(train) else None
     if len(chosen) < len(train):
         train = Split(train.images[chosen], train.labels[chosen])
     mean, std = NORMALISATION.get(dataset) or _mean_std(train.images)
-    return Data(dataset, source, classes, mean, std, train, test, valid, flip=dataset != "digits")
+    return Data(dataset, source, classes, mean, std, train, test, valid, dataset != "digits", digests, limit)
+
+
+def _digest(pixels: str, labels: Tensor) -> str:
+    """Of a split: its images' ``pixel_digest`` and its labels."""
+    return hashlib.sha256(pixels.encode() + labels.numpy().astype("<i8").tobytes()).hexdigest()[:32]
 
 
 def _choose(

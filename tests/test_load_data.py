@@ -734,6 +734,106 @@ def test_data_dir_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     assert "Read-only" in lines[0]
 
 
+# -------------------------------------------------------------------------------------------------------------- digests
+
+
+def test_digests_are_of_the_whole_data_whatever_is_chosen(tmp_path: Path, reads: list[str]) -> None:
+    make_tree(tmp_path)
+    digests = quiet("folder", tmp_path).digests
+    assert digests.keys() == {"train", "test"}
+    assert digests["train"] != digests["test"]
+    assert all(len(digest) == 32 for digest in digests.values())
+    for chosen in ({"labels_per_class": 2, "seed": 3}, {"valid_labels_per_class": 1, "seed": 4}, {"cache": False}):
+        assert quiet("folder", tmp_path, **chosen).digests == digests
+    assert quiet("cifar10", tmp_path).digests == digests  # the same pixels
+    assert quiet("folder", tmp_path, image_size=16).digests["test"] != digests["test"]
+
+
+def test_one_pixel_of_one_image_makes_other_data(tmp_path: Path) -> None:
+    digests = quiet("folder", make_tree(tmp_path / "a")).digests
+    shutil.copytree(tmp_path / "a", tmp_path / "b")  # with its cache and times
+    assert quiet("folder", tmp_path / "b").digests == digests
+    path = tmp_path / "b" / "test" / "dog" / "1.png"
+    image = np.asarray(Image.open(path)).copy()
+    image[31, 31, 2] ^= 1
+    Image.fromarray(image).save(path)
+    other = quiet("folder", tmp_path / "b").digests
+    assert other["train"] == digests["train"]
+    assert other["test"] != digests["test"]
+
+
+def test_images_in_other_classes_make_other_data(tmp_path: Path) -> None:
+    digests = quiet("folder", make_tree(tmp_path)).digests
+    cat, dog = (tmp_path / "train" / name / "0.png" for name in ("cat", "dog"))
+    cat.rename(tmp_path / "kept.png")
+    dog.rename(cat)
+    (tmp_path / "kept.png").rename(dog)
+    other = quiet("folder", tmp_path).digests
+    assert other["test"] == digests["test"]
+    assert other["train"] != digests["train"]
+
+
+def test_labels_alone_make_other_data(tmp_path: Path) -> None:
+    annotations = make_tiny(tmp_path) / "val" / "val_annotations.txt"
+    digests = quiet("tiny-imagenet-200", tmp_path).digests
+    lines = annotations.read_text().splitlines()
+    names, labels = zip(*(line.split("\t", 1) for line in lines), strict=True)
+    annotations.write_text("".join(f"{name}\t{label}\n" for name, label in zip(names, labels[::-1], strict=True)))
+    assert quiet("tiny-imagenet-200", tmp_path).digests["test"] != digests["test"]
+
+
+def test_digests_are_kept_with_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = quiet("folder", make_tree(tmp_path)).digests
+    path = tmp_path / ".sage-cache-auto.npz"
+    taken: list[int] = []
+    monkeypatch.setattr(image_files, "pixel_digest", lambda images: taken.append(len(images)) or f"{len(images):032}")
+    assert quiet("folder", tmp_path).digests == digests
+    assert not taken
+    monkeypatch.undo()
+    with np.load(path) as archive:
+        old = {name: archive[name] for name in ("key", "train", "test")}
+    with open(path, "wb") as file:
+        np.savez(file, **old)  # type: ignore[arg-type]
+    read: list[str] = []
+    monkeypatch.setattr(image_files, "read_image", lambda *given: read.append(given[0]))
+    assert quiet("folder", tmp_path).digests == digests
+    assert not read  # a cache that an older version wrote is used
+    with np.load(path) as archive:
+        assert len(archive["digests"]) == 2
+
+
+def test_digests_without_a_tree(fabricated: Path) -> None:
+    digests = quiet("cifar100", fabricated).digests
+    assert quiet("cifar100", fabricated, labels_per_class=3).digests == digests
+    digits = [quiet("digits", fabricated, seed=seed).digests for seed in (0, 1)]
+    assert digits[0] == digits[1] != digests
+
+
+@pytest.mark.parametrize("changed", [(0, 0, 0, 0), (63, 2, 159, 127)])
+def test_the_digest_sees_every_piece(changed: tuple[int, ...]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (64, 3, 160, 160), dtype=np.uint8)  # more than one piece
+    digest = image_files.pixel_digest(images)
+    assert digest == image_files.pixel_digest(images.copy())
+    assert digest != image_files.pixel_digest(images[:, :, :, ::-1])
+    assert digest != image_files.pixel_digest(images.reshape(64, 3, 320, 80))
+    assert digest != image_files.pixel_digest(np.roll(images, 1, axis=0))
+    images[tuple(part % size for part, size in zip(changed, images.shape, strict=True))] ^= 1
+    assert digest != image_files.pixel_digest(images)
+
+
+@pytest.mark.parametrize(
+    ("given", "aside", "limit"), [(None, 0, None), (12, 0, None), (13, 0, None), (11, 0, 11), (10, 2, None), (9, 2, 9)]
+)
+def test_the_limit_is_the_one_that_acted(
+    tmp_path_factory: pytest.TempPathFactory, given: int | None, aside: int, limit: int | None
+) -> None:
+    root = tmp_path_factory.getbasetemp() / "twelve"
+    if not root.exists():
+        make_tree(root, train=12, test=1, size=(8, 8))
+    chosen = {"labels_per_class": given, "valid_labels_per_class": aside, "warn": lambda line: None}
+    assert quiet("folder", root, **chosen).limit == limit
+
+
 # ----------------------------------------------------------------------------------------------------- choice of images
 
 

@@ -7,8 +7,9 @@ In Tiny-ImageNet-200 as published ``val/val_annotations.txt`` gives the classes 
 How a pixel is read: grey is repeated, 16 bits keep the upper 8, CMYK and palettes are converted, transparency lies
 over white, an animation gives its first frame, EXIF orientation is applied. What cannot be read stops with its path.
 
-Trees are decoded once and kept in ``.sage-cache-<size>.npz`` beside ``train`` (no pickles) until the name, size or
-time of change of a file differs; a damaged cache is noticed by its checksums and made again.
+Trees are decoded once and kept in ``.sage-cache-<size>.npz`` beside ``train`` (no pickles), with the digests of their
+pixels, until the name, size or time of change of a file differs; a damaged cache is noticed by its checksums and made
+again.
 """
 
 from __future__ import annotations
@@ -55,25 +56,29 @@ def tree_root(dataset: str, folder: str) -> str | None:
 
 def load_tree(
     root: str, size: int | None, workers: int, cache: bool, progress: bool, warn: Callable[[str], None]
-) -> tuple[list[str], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The tree below ``root`` from its cache, else decoded (and cached). ``size`` None: as the images suggest."""
+) -> tuple[list[str], list[tuple[Tensor, Tensor, str]]]:
+    """The tree below ``root`` from its cache, else decoded (and cached). ``size`` None: as the images suggest.
+
+    Returns:
+        the class names; for training and test the images [N, 3, H, W] uint8, the labels [N] and ``pixel_digest``.
+    """
     classes, listings = _list_tree(root, warn)
     files = [[file for members in listing for file in members] for listing in listings]
     labels = [torch.tensor([k for k, members in enumerate(listing) for _ in members]) for listing in listings]
     key = _fingerprint(root, files, size)
     path = os.path.join(root, f".sage-cache-{size or 'auto'}.npz")
-    images = _read_cache(path, key, [len(part) for part in files], warn) if cache else None
-    if images is None:
-        images = _decode(files, size, workers, progress)
-        if cache:
-            remove_leftovers(root, os.path.basename(path), older_than=3600)  # a younger one may still be written
-            try:
-                with atomic_write(path) as file:
-                    np.savez(file, key=np.array(key), train=images[0], test=images[1])
-            except OSError as error:
+    held = _read_cache(path, key, [len(part) for part in files], warn) if cache else None
+    images, digests = held or (_decode(files, size, workers, progress), [])
+    if not digests:  # decoded just now, or by a version that took none
+        digests = [pixel_digest(part) for part in images]
+        try:
+            if cache:
+                _write_cache(path, key, images, digests)
+        except OSError as error:
+            if held is None:
                 warn(f"{root!r} cannot keep the decoded images ({error.strerror or error}); each start decodes anew")
-    train, test = ((torch.from_numpy(part), label) for part, label in zip(images, labels, strict=True))
-    return classes, train, test
+    tensors = [torch.from_numpy(part) for part in images]
+    return classes, list(zip(tensors, labels, digests, strict=True))
 
 
 def _list_tree(root: str, warn: Callable[[str], None]) -> tuple[list[str], list[list[list[_File]]]]:
@@ -286,8 +291,27 @@ def _fingerprint(root: str, files: Sequence[Sequence[_File]], size: int | None) 
     return hashlib.blake2b(os.fsencode("\0\0".join(lines)), digest_size=16).hexdigest()
 
 
-def _read_cache(path: str, key: str, lengths: Sequence[int], warn: Callable[[str], None]) -> list[np.ndarray] | None:
-    """Training and test images, or None where the cache is missing, belongs to other files or is damaged."""
+def pixel_digest(images: np.ndarray) -> str:
+    """32 hexadecimal digits that stand for the pixels of uint8 images [N, 3, H, W], their order and their shape."""
+    content = np.ascontiguousarray(images).reshape(-1).data
+    pieces = [content[first : first + 2**22] for first in range(0, len(content), 2**22)]
+    with ThreadPoolExecutor(cores()) as pool:  # SHA-256 of pieces, which the cores share
+        digests = b"".join(pool.map(lambda piece: hashlib.sha256(piece).digest(), pieces))
+    return hashlib.sha256(repr(images.shape).encode() + digests).hexdigest()[:32]
+
+
+def _write_cache(path: str, key: str, images: Sequence[np.ndarray], digests: Sequence[str]) -> None:
+    folder, name = os.path.split(path)
+    remove_leftovers(folder, name, older_than=3600)  # a younger one may still be written
+    with atomic_write(path) as file:
+        np.savez(file, key=np.array(key), train=images[0], test=images[1], digests=np.array(digests))
+
+
+def _read_cache(
+    path: str, key: str, lengths: Sequence[int], warn: Callable[[str], None]
+) -> tuple[list[np.ndarray], list[str]] | None:
+    """Training and test images and their ``pixel_digest`` (none in a cache of an older version), or None where the
+    cache is missing, belongs to other files or is damaged."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.zip.infolist()):
@@ -295,10 +319,13 @@ def _read_cache(path: str, key: str, lengths: Sequence[int], warn: Callable[[str
             if archive["key"] != key:
                 return None
             images = [archive[name] for name in ("train", "test")]  # reading to the end compares the checksums
+            digests = archive["digests"].tolist() if "digests" in archive else []
         height, width = images[0].shape[2:]
         if [(part.shape, part.dtype) for part in images] != [((n, 3, height, width), np.uint8) for n in lengths]:
             raise ValueError("of another shape")
-        return images
+        if digests and [(type(digest), len(digest)) for digest in digests] != [(str, 32)] * 2:
+            raise ValueError("of another shape")
+        return images, digests
     except FileNotFoundError:
         return None
     except Exception as error:  # damaged archives, too, raise nearly anything
