@@ -7,8 +7,9 @@
 
 A ROOT is a run's folder, a folder of such folders at any depth, or a runs.csv. Written are
 
-    summary.md, summary.tex (booktabs)   tables: final and best accuracy, cost, settings, what is not counted
+    summary.md, summary.tex (booktabs)   tables: accuracy, differences, cost, settings, what is not counted
     summary.csv                          the same numbers, a row for each data set, architecture and method
+    differences.csv                      each method against the best and against vanilla, in all that was measured
     runs.csv                             a row for each run: settings, command, measurements, test accuracy by epoch
     curves.png/.pdf, cost.png/.pdf       accuracy against the epoch, with a band over seeds, and against the cost
 
@@ -18,9 +19,13 @@ the other is listed, as are runs that are not finished and damaged folders; what
 Deviations are of the sample (n − 1).
 Seconds an epoch and images/s are medians over a run's epochs.
 
+Differences are paired over common seeds where there are at least 3, else Welch's where both have at least 2; p-values
+are after Holm, over the methods that are compared in one setting and measure. Bold is every method that cannot be told
+from the best.
+
 --refresh replaces what stands between a line <!-- summarize PATH.csv SECTION… --> and a line <!-- /summarize -->. PATH
-is relative to the text and may have wildcards; sections are final, best, details, settings, open; without
-any, all stand there.
+is relative to the text and may have wildcards; sections are final, best, differences, details, settings, open;
+without any, all stand there.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ import math
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,17 +65,14 @@ from utils.results import (
     words,
     write_table,
 )
+from utils.statistics import RULE, Difference, best_of, compared, leaders
+from utils.tables import Table, latex, markdown
 
-LOOKS = {  # colour (after Okabe and Ito, told apart by colour-blind readers) and marker
-    "vanilla": ("#000000", "o"),
-    "input": ("#E69F00", "s"),
-    "manifold": ("#56B4E9", "^"),
-    "cutmix": ("#009E73", "D"),
-    "saliencymix": ("#8C6D1F", "v"),
-    "puzzle": ("#0072B2", "P"),
-    "comix": ("#CC79A7", "X"),
-    "sage": ("#D55E00", "*"),
-}
+# Colour (after Okabe and Ito, told apart by colour-blind readers) and marker of each method, in the order of
+# mixup.METHODS. Further methods begin again with the first colour and the next marker.
+COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#8C6D1F", "#0072B2", "#CC79A7", "#D55E00"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*", "h", "p", "<", ">", "d"]
+PANELS, LINES = 9, 24  # columns and rows of the tables that a picture holds
 COSTS = {"seconds_per_epoch": "s/epoch", "images_per_second": "images/s", "hours": "hours", "peak_memory_gb": "GB"}
 ROBUSTNESS = {
     "clean_top1": "clean",
@@ -80,21 +83,22 @@ ROBUSTNESS = {
     "pgd8_top1": "PGD 8",
     "ece": "ECE",
 }
-WIDE = 8  # columns that a page of a paper holds in LaTeX
-SECTIONS = ["final", "best", "details", "settings", "open"]
+VANILLA = METHODS["vanilla"].title
+WRITTEN = ("summary", "runs", "differences", "curves", "cost")
+LOWEST = {"corruption_error", "ece"}  # less is better
+TESTED = {"final": "final", "clean_top1": "clean"}  # differences that have tables; all are in differences.csv
+SECTIONS = ["final", "best", "differences", "details", "settings", "open"]
 MARKED = re.compile(r"^(<!-- summarize ([^\n]+) -->\n)(.*?)^(<!-- /summarize -->)$", re.DOTALL | re.MULTILINE)
-SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
-SPECIAL |= {sign: "\\" + sign for sign in "{}_&%$#"} | {"×": r"$\times$", "–": "--", "“": "``", "”": "''"}
-SPECIAL |= {"<": "$<$", ">": "$>$", "|": "$|$"}
 
 
-class Table(NamedTuple):
-    """A caption, the header, the cells of each row, and which of them (row, column) are bold."""
+class Comparison(NamedTuple):
+    """The rows of one column of the tables against one of them, ``reference``, in one measure."""
 
-    caption: str
-    header: list[str]
-    rows: list[list[str]]
-    bold: Iterable[tuple[int, int]] = ()
+    column: str
+    measure: str
+    against: str  # "best" or "vanilla"
+    reference: str
+    differences: dict[str, Difference]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,9 +133,14 @@ def sections(rows: Sequence[Row]) -> dict[str, list[Table | str]]:
     columns = list(dict.fromkeys(group.column for group in groups))
     content: dict[str, list[Table | str]] = {
         "final": [
-            wide(groups, "final", f"Test accuracy in %, median of the last ten epochs: {of_seeds} (their number)")
+            wide(groups, "final", f"Test accuracy in %, median of the last ten epochs: {of_seeds} (their number)"),
+            *what_is_bold(groups, "final"),
         ],
-        "best": [wide(groups, "best", f"Test accuracy in %, best epoch: {of_seeds} (their number)")],
+        "best": [
+            wide(groups, "best", f"Test accuracy in %, best epoch: {of_seeds} (their number)"),
+            *what_is_bold(groups, "best"),
+        ],
+        "differences": [*differences(groups)],
         "details": [
             details([group for group in groups if group.column == column], f"{column}: {of_seeds}")
             for column in columns
@@ -167,17 +176,89 @@ def wide(groups: Sequence[Group], name: str, caption: str) -> Table:
     cells = {(group.label, group.column): group.values(name) for group in groups}
     ordered = sorted(labels, key=lambda label: labels[label])
     rows = [[label, *(in_words(cells.get((label, of), []), count=True) for of in columns)] for label in ordered]
-    bold = {(ordered.index(label), 1 + columns.index(of)): numbers for (label, of), numbers in cells.items()}
-    return Table(caption, ["method", *columns], rows, set(highest(bold)))
+    bold = {
+        (ordered.index(label), 1 + columns.index(column))
+        for column, seeds in measured(groups, name).items()
+        for label in leaders(seeds, name in LOWEST)
+    }
+    return Table(caption, ["method", *columns], rows, bold)
 
 
-def highest(cells: dict[tuple[int, int], list[float]]) -> Iterator[tuple[int, int]]:
-    """The cells with the highest mean in every column that has several; none if others are of more seeds."""
-    for column in {place[1] for place in cells}:
-        means = {place: round(statistics.mean(found), 2) for place, found in cells.items() if place[1] == column}
-        best = [place for place in means if means[place] == max(means.values())]
-        if len(means) > 1 and all(len(cells[place]) == max(len(cells[other]) for other in means) for place in best):
-            yield from best
+def measured(groups: Iterable[Group], name: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Column → row → seed → number, where there is one."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for group in groups:
+        if seeds := group.of_seeds(name):
+            found.setdefault(group.column, {})[group.label] = seeds
+    return found
+
+
+def what_is_bold(groups: Sequence[Group], name: str) -> Iterator[str]:
+    """What bold means in a table of one measure, and how much of it is."""
+    columns = measured(groups, name)
+    bold = {column: leaders(rows, name in LOWEST) for column, rows in columns.items()}
+    counted = [len(seeds) > 1 for column, rows in columns.items() if bold[column] for seeds in rows.values()]
+    several = [column for column, rows in columns.items() if len(rows) > 1]
+    if any(bold.values()):
+        count = sum(map(len, bold.values()))
+        text = f"Bold are the highest mean and those that cannot be told from it, {count} of {sum(counted)} ({RULE})."
+        if count > 2 and 2 * count > sum(counted):
+            text += " That so many are bold says that these seeds do not tell them apart, not that they are equal."
+        yield text
+    if any(not bold[column] for column in several):
+        yield "Nothing is bold where the highest mean, or every other, is of one seed: they cannot be compared."
+
+
+def comparisons(groups: Sequence[Group]) -> Iterator[Comparison]:
+    """Each row against the best and against vanilla, in every column of the tables and every measure."""
+    for measure in ("final", "best", *ROBUSTNESS):
+        for column, rows in measured(groups, measure).items():
+            best = best_of(rows, measure in LOWEST)
+            if best is not None:
+                yield Comparison(column, measure, "best", best, compared(rows, best))
+            if VANILLA in rows and len(rows) > 1:
+                yield Comparison(column, measure, "vanilla", VANILLA, compared(rows, VANILLA))
+
+
+def differences(groups: Sequence[Group]) -> Iterator[Table | str]:
+    """The tables of the comparisons in ``TESTED``, and how to read them."""
+    shown = [of for of in comparisons(groups) if of.measure in TESTED and any(d.test for d in of.differences.values())]
+    told = [of for of in shown if any(not math.isnan(d.value) for d in of.differences.values())]
+    for of in told:
+        reference = f"{of.reference}, the best" if of.against == "best" else of.reference
+        if of.against == "vanilla" and (of.column, of.measure, of.reference) in {
+            (other.column, other.measure, other.reference) for other in told if other.against == "best"
+        }:
+            continue  # the same numbers
+        rows = [
+            [label, number(d.value), f"{number(d.low)} to {number(d.high)}", small(d.adjusted), d.test]
+            if not math.isnan(d.low)
+            else [label, number(d.value), "–", small(d.adjusted), d.test]
+            for label, d in of.differences.items()
+        ]
+        caption = f"{of.column}, {TESTED[of.measure]}: difference from {reference}, in points"
+        yield Table(caption, ["method", "difference", "95 % interval", "p", "test"], rows)
+    if told:
+        yield (
+            "Each test is two-sided: a paired t-test over common seeds where there are at least 3, else Welch's where "
+            "both have at least 2. Intervals are not adjusted for the number of comparisons; p-values are (Holm, over "
+            "the rows of a table). The best was chosen from the same numbers, which makes it look further ahead than "
+            "it is: p-values against it are too small."
+        )
+
+
+def number(value: float) -> str:
+    """With its sign; a dash for none."""
+    return (
+        "–"
+        if math.isnan(value)
+        else f"{value:+.2f}".replace("-", "−").replace("+0.00", "0.00").replace("−0.00", "0.00")
+    )
+
+
+def small(p: float) -> str:
+    """A p-value; a dash for none."""
+    return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def details(groups: Sequence[Group], caption: str) -> Table:
@@ -193,7 +274,14 @@ def details(groups: Sequence[Group], caption: str) -> Table:
         rows.append([group.label, str(len(group.runs)), *accuracy, costs[0], relative, *costs[1:], *extra])
     costs = list(COSTS.values())
     header = ["method", "seeds", "final", "best", costs[0], "× vanilla", *costs[1:], *robust.values()]
-    bold = {(i, 2 + j): g.values(name) for i, g in enumerate(groups) for j, name in enumerate(("final", "best"))}
+    labels = [group.label for group in groups]
+    places = {"final": 2, "best": 3, **{name: len(header) - len(robust) + i for i, name in enumerate(robust)}}
+    bold = {
+        (labels.index(label), place)
+        for name, place in places.items()
+        for seeds in measured(groups, name).values()
+        for label in leaders(seeds, name in LOWEST)
+    }
     runs = [row for group in groups for row in group.runs]
     for how, names in HOW.items():
         usual = {row[how] for row in runs if row[how] and any(row[name] for name in names)}
@@ -201,7 +289,8 @@ def details(groups: Sequence[Group], caption: str) -> Table:
         caption += "".join(
             f"; {how}: {kind}" for kind in usual
         ) + f" (not shown: runs with {'; '.join(sorted(others))})" * bool(others)
-    return Table(caption, header, rows, set(highest(bold)))
+    caption += "; bold: the best of a column and each that cannot be told from it" * bool(bold)
+    return Table(caption, header, rows, bold, breaks=(4, len(header) - len(robust)))
 
 
 def described(groups: Sequence[Group]) -> Iterator[str]:
@@ -236,15 +325,16 @@ def write_summary(rows: list[Row], out: Path) -> None:
     content = sections(rows)
     text = markdown(content, SECTIONS)
     write_text(out / "summary.md", text)
-    write_text(out / "summary.tex", latex(content))
+    write_text(out / "summary.tex", latex(content, [name for name in SECTIONS if name != "open"]))
     write_numbers(out / "summary.csv", grouped(rows)[0])
+    write_differences(out / "differences.csv", grouped(rows)[0])
     write_table(out / "runs.csv", rows)
     if any(row["curve"] for row in rows):
         draw_curves(rows, out / "curves")
     if any(row["state"] == "finished" for row in rows):
         draw_cost(rows, out / "cost")
     print(text)
-    print(*sorted(path for path in out.iterdir() if path.stem in ("summary", "runs", "curves", "cost")), sep="\n")
+    print(*sorted(path for path in out.iterdir() if path.stem in WRITTEN), sep="\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -267,6 +357,19 @@ def write_numbers(path: Path, groups: Sequence[Group]) -> None:
             )
 
 
+def write_differences(path: Path, groups: Sequence[Group]) -> None:
+    """Every comparison, a row each; numbers that cannot be given are empty."""
+    with atomic_write(path, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        names = ["data", "measure", "against", "reference", "method"]
+        writer.writerow([*names, "difference", "low_95", "high_95", "p", "p_holm", "test"])
+        for of in comparisons(groups):
+            for label, d in of.differences.items():
+                numbers = (d.value, d.low, d.high, d.p, d.adjusted)
+                cells = ["" if math.isnan(value) else f"{value:.6g}" for value in numbers]
+                writer.writerow([of.column, of.measure, of.against, of.reference, label, *cells, d.test])
+
+
 def refreshed(path: Path) -> str:
     """The text of ``path`` with every marked part written anew."""
     text = path.read_text(encoding="utf-8")
@@ -283,74 +386,21 @@ def refreshed(path: Path) -> str:
     return MARKED.sub(part, text)
 
 
-def markdown(content: dict[str, list[Table | str]], wanted: Iterable[str]) -> str:
-    """The wanted sections; numbers at the right."""
-
-    def plain(text: str) -> str:
-        return re.sub(r"([\\`*<>|\[\]$])", r"\\\1", " ".join(text.split()))
-
-    blocks = []
-    for part in (part for name in wanted for part in content[name]):
-        if isinstance(part, str):
-            blocks.append(plain(part))
-            continue
-        side = " --- |" if part.header[0] == "run" else " ---: |"
-        lines = ["| " + " | ".join(map(plain, part.header)) + " |", "| --- |" + side * (len(part.header) - 1)]
-        for i, row in enumerate(part.rows):
-            cells = [f"**{plain(cell)}**" if (i, j) in part.bold else plain(cell) for j, cell in enumerate(row)]
-            lines.append("| " + " | ".join(cells) + " |")
-        blocks.append(f"{plain(part.caption)}.\n\n" + "\n".join(lines))
-    return "\n\n".join(blocks) + "\n"
-
-
-def latex(content: dict[str, list[Table | str]]) -> str:
-    """The tables of accuracy and cost; the sentences as comments."""
-
-    def plain(text: str) -> str:
-        return "".join(SPECIAL.get(sign, sign) for sign in " ".join(text.split()))
-
-    blocks = ["% \\usepackage{booktabs,graphicx}"]
-    for part in (part for name in SECTIONS if name != "open" for part in content[name]):
-        if isinstance(part, str):
-            blocks.append("% " + " ".join(part.split()))
-            continue
-        header = [rf"\shortstack{{{plain(cell)}}}".replace(", ", r" \\ ") for cell in part.header]
-        lines = [" & ".join(header)]
-        for i, row in enumerate(part.rows):
-            cells = [rf"\textbf{{{plain(cell)}}}" if (i, j) in part.bold else plain(cell) for j, cell in enumerate(row)]
-            lines.append(" & ".join(cells))
-        body = [rf"{line} \\" for line in lines]
-        kind = rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
-        opened, closed = (r"\resizebox{\textwidth}{!}{", "}") if len(header) > WIDE else ("", "")
-        frame = [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{plain(part.caption)}.}}",
-            opened,
-            kind,
-            r"\toprule",
-            body[0],
-        ]
-        lines = [*frame, r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}", closed, r"\end{table}"]
-        blocks.append("\n".join(filter(None, lines)))
-    return "\n\n".join(blocks) + "\n"
-
-
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
 def draw_curves(rows: Sequence[Row], path: Path) -> None:
     """Test accuracy against the epoch: mean ± deviation over seeds, the last quarter of the epochs enlarged; runs that
     are not finished as thin lines."""
-    finished, unfinished = grouped(rows)[0], grouped(rows, "unfinished")[0]
-    figure, panels = make_panels([*finished, *unfinished], "epoch", "test accuracy [%]")
-    styles = variants([*finished, *unfinished])
+    groups, left_out = pictured([*grouped(rows)[0], *grouped(rows, "unfinished")[0]])
+    figure, panels = make_panels(groups, "epoch", "test accuracy [%]")
+    styles = variants(groups)
     insets: dict[str, Any] = {}
-    for group in [*finished, *unfinished]:
+    for group in groups:
         first = group.runs[0]
         curves = [np.array(row["curve"].split(), float) for row in group.runs if row["curve"]]
         done, panel = first["state"] == "finished", panels[group.column]
-        line: dict[str, Any] = {"color": LOOKS[first["method"]][0], "linewidth": 1.6 if done else 0.7}
+        line: dict[str, Any] = {"color": look(first["method"])[0], "linewidth": 1.6 if done else 0.7}
         line |= {"linestyle": ("-", "--", ":", "-.")[styles[group.label] % 4]}
         seeds = f"{len(curves)} seed{'s' * (len(curves) > 1)}" if done else "unfinished"
         for curve in [np.mean(curves, axis=0)] if done else curves:
@@ -371,12 +421,12 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
                 if group.column in insets:
                     low, high = (curve - deviation)[last], (curve + deviation)[last]
                     insets[group.column].fill_between(epochs[last], low, high, **band)
-    save(figure, path)
+    save(figure, path, left_out)
 
 
 def draw_cost(rows: Sequence[Row], path: Path) -> None:
     """Final accuracy against the seconds of an epoch, over vanilla's where all can be compared with it."""
-    groups, _ = grouped(rows)
+    groups, left_out = pictured(grouped(rows)[0])
     relative = {id(group): relative_cost(group, groups) for group in groups}
     against_vanilla = not any(map(math.isnan, relative.values()))
     label = "time of an epoch, vanilla = 1" if against_vanilla else "time of an epoch [s]"
@@ -385,13 +435,39 @@ def draw_cost(rows: Sequence[Row], path: Path) -> None:
     for group in groups:
         times, accuracies = group.values("seconds_per_epoch"), group.values("final")
         cost = relative[id(group)] if against_vanilla else statistics.mean(times)
-        colour, marker = LOOKS[group.runs[0]["method"]]
+        colour, marker = look(group.runs[0]["method"])
         panels[group.column].errorbar(
             cost, statistics.mean(accuracies), yerr=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
             fmt=marker, color=colour, markersize=11 if marker == "*" else 7, capsize=3, label=group.label,
             fillstyle=("full", "none", "left", "top")[styles[group.label] % 4],
         )  # fmt: skip
-    save(figure, path)
+    save(figure, path, left_out)
+
+
+def look(method: str) -> tuple[str, str]:
+    """Colour and marker of a method."""
+    place = list(METHODS).index(method)
+    return COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+
+
+def pictured(groups: Sequence[Group]) -> tuple[list[Group], str]:
+    """What a picture can show, of a hundred settings no more than one can look at, and a line on the rest."""
+
+    def height(group: Group) -> float:
+        return statistics.mean(float(row["final"] or 0) for row in group.runs)
+
+    columns = Counter(group.column for group in groups)
+    shown = {column for column, _ in columns.most_common(PANELS)}
+    kept = [group for group in groups if group.column in shown]
+    ranked = sorted(kept, key=lambda group: (group.label != VANILLA, -height(group)))
+    labels = list(dict.fromkeys(group.label for group in ranked))
+    kept = [group for group in kept if group.label in labels[:LINES]]
+    words = []
+    if len(columns) > PANELS:
+        words.append(f"{PANELS} of {len(columns)} settings, those with the most methods")
+    if len(labels) > LINES:
+        words.append(f"{LINES} of {len(labels)} methods, those with the highest accuracy")
+    return kept, "; ".join(words)
 
 
 def variants(groups: Iterable[Group]) -> dict[str, int]:
@@ -407,7 +483,7 @@ def make_panels(groups: Iterable[Group], across: str, up: str) -> tuple[Figure, 
     """A picture with a panel for each column of the tables, at most three side by side."""
     columns = list(dict.fromkeys(group.column for group in groups))
     high, wide = math.ceil(len(columns) / 3), min(3, len(columns))
-    figure = Figure(figsize=(max(6.4, 4.2 * wide), 4.4 * high), layout="constrained")
+    figure = Figure(figsize=(max(6.4, 4.2 * wide), 4.4 * high), layout="constrained", dpi=150)
     panels = dict(zip(columns, figure.subplots(high, wide, squeeze=False).flat, strict=False))
     for column, panel in panels.items():
         panel.set_title(column.replace(", ", "\n"), fontsize=10, parse_math=False)
@@ -421,16 +497,20 @@ def make_panels(groups: Iterable[Group], across: str, up: str) -> tuple[Figure, 
     return figure, panels
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, left_out: str) -> None:
     """As PNG and PDF, with a legend of each name once."""
     named = {
         label: line for panel in figure.axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     figure.legend(named.values(), named, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    if left_out:
+        figure.suptitle(left_out, fontsize=9)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # once is enough: it is most of the work
     for kind in ("png", "pdf"):
         with atomic_write(path.with_suffix(f".{kind}")) as file:
             undated = {"CreationDate": None} if kind == "pdf" else {}
-            figure.savefig(file, format=kind, dpi=150, metadata=undated)
+            figure.savefig(file, format=kind, metadata=undated)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import errno
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+from mixup import METHODS
 from scripts import summarize
 from tests.common import ENVIRONMENT, ROOT, SAGE, SMALL, main
 from utils import records
@@ -94,7 +98,8 @@ def test_means_and_deviations(runs: Path, tmp_path: Path) -> None:
     assert not cells(text, "CutMix")
     assert cells(text, "cutmix_seed1") == [["unfinished", "2 of 4 epochs; best 60 %"]]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("summary.md", "summary.tex", "summary.csv", "runs.csv", "curves.png", "curves.pdf", "cost.png", "cost.pdf")
+        *("summary.md", "summary.tex", "summary.csv", "differences.csv", "runs.csv"),
+        *("curves.png", "curves.pdf", "cost.png", "cost.pdf"),
     }
 
 
@@ -273,6 +278,152 @@ def test_the_best_is_bold_where_it_is_of_as_many_seeds(tmp_path: Path) -> None:
     assert "**" not in shown(tmp_path / "runs")
 
 
+def three_methods(root: Path) -> Path:
+    """Vanilla, a method that is ahead of it for every seed by nearly the same, and one that is not, and one of one
+    seed."""
+    for seed, top1 in enumerate((70.0, 71.0, 73.5), 1):
+        make_run(root, "vanilla", seed, top1)
+        make_run(root, "input", seed, top1 + 2 + seed / 100)
+        make_run(root, "cutmix", seed, 74.0 + (seed == 2))
+    make_run(root, "puzzle", 1, 60.0)
+    return root
+
+
+def test_differences_from_the_best_and_from_vanilla(tmp_path: Path) -> None:
+    text = write(three_methods(tmp_path / "runs"), tmp_path / "out")
+    section = text[text.index(", final: difference from") : text.index("Each test is two-sided")]
+    against_best, against_vanilla = section.split("difference from")[1:]
+    assert against_best.startswith(" CutMix, the best, in points")
+    assert against_vanilla.startswith(" Vanilla, in points")
+    # paired: differences −4, −4, −0.5 and 2.01, 2.02, 2.03, whose interval is 2.02 ± 4.3027·0.01/√3
+    assert cells(against_best, "Vanilla")[0] == ["−2.83", "−7.85 to +2.19", "0.272", "paired, 3 seeds"]
+    assert cells(against_vanilla, "Mixup")[0] == ["+2.02", "+2.00 to +2.04", "\\< 0.001", "paired, 3 seeds"]
+    assert cells(against_vanilla, "Puzzle Mix")[0] == ["–", "–", "–", "too few seeds"]
+    assert "best was chosen from the same numbers" in text
+    with open(tmp_path / "out" / "differences.csv", newline="") as file:
+        rows = {(row["measure"], row["against"], row["method"]): row for row in csv.DictReader(file)}
+    row = rows["final", "vanilla", "Mixup"]
+    assert float(row["p_holm"]) == pytest.approx(2 * float(row["p"]), rel=1e-4)
+    assert (row["reference"], row["difference"], row["test"]) == ("Vanilla", "2.02", "paired, 3 seeds")
+    assert rows["final", "best", "Vanilla"]["reference"] == "CutMix"
+    assert rows["best", "vanilla", "Puzzle Mix"]["p"] == ""
+    latex = (tmp_path / "out" / "summary.tex").read_text()
+    assert r"CutMix & $-$2.83" not in latex
+    assert r"Vanilla & $-$2.83 & $-$7.85 to +2.19 & 0.272 & paired, 3 seeds \\" in latex
+
+
+def test_bold_is_what_cannot_be_told_from_the_best(tmp_path: Path) -> None:
+    text = shown(three_methods(tmp_path / "runs"))
+    final = text[: text.index("Test accuracy in %, best epoch")]
+    bold = [line.split("|")[1].strip() for line in final.splitlines() if "**" in line]
+    assert bold == ["Vanilla", "Mixup", "CutMix"]
+    assert "3 of 3 (paired" in final
+    assert "not that they are equal" in final
+    for seed in (4, 5, 6, 7, 8):  # more seeds tell it from the others
+        make_run(tmp_path / "runs", "cutmix", seed, 74.0)
+        make_run(tmp_path / "runs", "vanilla", seed, 70.0 + seed / 10)
+    assert cells(shown(tmp_path / "runs"), "Vanilla")[0] == ["70.94 ± 1.08 (8)"]
+    assert "**70.94" not in shown(tmp_path / "runs")
+
+
+def test_one_seed_each_is_neither_bold_nor_compared(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", "vanilla", 1, 70.0)
+    make_run(tmp_path / "runs", "sage", 1, 72.0)
+    text = write(tmp_path / "runs", tmp_path / "out")
+    assert "**" not in text
+    assert "difference from" not in text
+    assert "Nothing is bold where the highest mean, or every other, is of one seed" in text
+
+
+def test_less_is_better_for_errors(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        evaluated(make_run(tmp_path / "runs", "vanilla", seed), corruption_error=40.0 + seed / 10, ece=20 + seed / 10)
+        evaluated(make_run(tmp_path / "runs", "sage", seed), corruption_error=30.0 + seed / 9, ece=30 - seed / 10)
+    text = write(tmp_path / "runs", tmp_path / "out")
+    vanilla, sage = (line for line in text.splitlines() if line.startswith(("| Vanilla | 3", "| SAGE | 3")))
+    assert "**30.22 ± 0.11**" in sage
+    assert "**40." not in vanilla
+    assert "**20.20 ± 0.10**" in vanilla
+    with open(tmp_path / "out" / "differences.csv", newline="") as file:
+        best = {row["measure"]: row["reference"] for row in csv.DictReader(file) if row["against"] == "best"}
+    assert (best["corruption_error"], best["ece"]) == ("SAGE", "Vanilla")
+
+
+def test_wide_tables_are_broken_for_latex(tmp_path: Path) -> None:
+    for arch in ("preactresnet18", "wrn16_8", "resnext29_4_24", "preactresnet34", "preactresnet50"):
+        for seed in (1, 2):
+            make_run(tmp_path / "runs", "sage", seed, rand_pos=0.5, upper_lambda=0.25, arch=arch)
+    latex = summarize.latex(summarize.sections(read_roots([tmp_path / "runs"])), ["final"])
+    tabulars = re.findall(
+        r"\\begin{tabular}{(l r*)}.*?\\midrule\n(.*?)\n\\bottomrule".replace(" ", ""), latex, re.DOTALL
+    )
+    assert sum(len(columns) - 1 for columns, _ in tabulars) == 5
+    assert len(tabulars) > 1
+    assert all(rows.startswith("SAGE & ") for _, rows in tabulars)
+    assert latex.count(r"\caption") == 1
+    assert "resizebox" not in latex
+
+
+def test_a_ninth_method_needs_no_line_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass
+    class Ninth(METHODS["input"]):  # type: ignore[misc]
+        name: ClassVar[str] = "ninth"
+        title: ClassVar[str] = "Ninth Mix"
+
+    monkeypatch.setitem(METHODS, "ninth", Ninth)
+    make_run(tmp_path / "runs", "vanilla", 1)
+    make_run(tmp_path / "runs", "ninth", 1, 75.0)
+    assert cells(write(tmp_path / "runs", tmp_path / "out"), "Ninth Mix")[0] == ["75.00 (1)"]
+    looks = [summarize.look(name) for name in METHODS]
+    assert len(set(looks)) == len(METHODS)
+
+
+def test_linked_folders_count_and_what_cannot_be_read_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, store = tmp_path / "runs", tmp_path / "store"
+    root.mkdir()
+    for seed, top1 in ((1, 70.0), (2, 71.0)):
+        make_run(store, "vanilla", seed, top1)
+    (root / "linked").symlink_to(store / "vanilla_seed1")
+    (root / "all").symlink_to(store)
+    (root / "loop").symlink_to(root)
+    (root / "gone").symlink_to(tmp_path / "nowhere")
+    closed = root / "closed"
+    closed.mkdir()
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:  # root may read everything
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    text = shown(root)
+    assert cells(text, "Vanilla")[0] == ["70.50 ± 0.71 (2)"]
+    assert cells(text, "closed") == [["damaged", "Permission denied"]]
+    assert cells(text, "gone") == [["damaged", f"a link to {tmp_path / 'nowhere'}, which cannot be reached"[:120]]]
+    assert not cells(text, "loop")
+
+
+def test_damaged_folders_of_one_name_are_all_listed(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        make_run(tmp_path / folder, "vanilla", 1)
+        (tmp_path / folder / "vanilla_seed1" / "config.json").write_text("{")
+    assert len(cells(shown(tmp_path), "vanilla_seed1")) == 2
+
+
+def test_pictures_of_many_settings_show_what_one_can_look_at(tmp_path: Path) -> None:
+    (row,) = read_roots([make_run(tmp_path / "runs", "vanilla", 1)])
+    rows = [row | {"learning_rate": str(i), "method": method} for i in range(20) for method in ("vanilla", "sage")]
+    kept, line = summarize.pictured(grouped(rows)[0])
+    assert (len(kept), line) == (18, "9 of 20 settings, those with the most methods")
+    sages = [row | {"method": "sage", "settings": f"rand_pos={i}", "final": str(i)} for i in range(50)]
+    kept, line = summarize.pictured(grouped([row, *sages])[0])
+    assert line == "24 of 51 methods, those with the highest accuracy"
+    assert [group.label for group in kept] == ["Vanilla", *(f"SAGE (rand_pos {i})" for i in range(27, 50))]
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -315,13 +466,14 @@ def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     make_run(tmp_path / "runs", "vanilla", 2, add_name="a_b|50%&$x<!-- {~^#\\")
     text = shown(tmp_path / "runs")
     assert "a_b\\|50%&\\$x\\<!-- {~^#\\\\" in text
-    latex = summarize.latex(summarize.sections(read_roots([tmp_path / "runs"])))
+    latex = summarize.latex(summarize.sections(read_roots([tmp_path / "runs"])), summarize.SECTIONS)
     expected = r"a\_b$|$50\%\&\$x$<$!-- \{\textasciitilde{}\textasciicircum{}\#\textbackslash{}"
     assert expected in latex
     for line in latex.splitlines():
         assert line.startswith("%") or not re.search(r"(?<!\\)[_&%#](?! )", line), line
         assert line.startswith("%") or line.isascii(), line
-    assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == latex.count(r"\end{table}") == 3
+    assert latex.count(r"\begin{table}") == latex.count(r"\end{table}") == 3
+    assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == latex.count(r"\end{tabular}") == 4
 
 
 def test_folders_that_say_nonsense_are_listed(tmp_path: Path) -> None:
@@ -360,7 +512,7 @@ def test_texts_are_refreshed(runs: Path, tmp_path: Path) -> None:
     first = text.read_text()
     assert first.startswith("Prose.\n\n<!-- summarize results/runs.csv final settings -->\n\nTest accuracy")
     assert "\n\nMore.\n\n" in first
-    assert "old" not in first
+    assert "\nold\n" not in first
     assert len(cells(first, "Vanilla")) == 2
     assert "All: labels_per_class 500" in first
     assert summarize.main(["--refresh", str(text)]) == 0

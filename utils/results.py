@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import re
 import statistics
 import zlib
@@ -43,6 +44,7 @@ COLUMNS = [
     *["classes", "test_images", "device", "torch", "commit", "date", "run", "command", "note", "curve"],
 ]
 
+MARKS = {"config.json", "metrics.csv", "result.json", ".lock"}  # what tells the folder of a run
 SET_ASIDE = re.compile(r"\.old-\d{8}-\d{6}$")  # what --overwrite renames a folder to
 
 
@@ -55,7 +57,11 @@ class Group(NamedTuple):
 
     def values(self, name: str) -> list[float]:
         """One number of each run that has it."""
-        return [float(row[name]) for row in self.runs if row[name]]
+        return [*self.of_seeds(name).values()]
+
+    def of_seeds(self, name: str) -> dict[str, float]:
+        """The same by seed."""
+        return {row["seed"]: float(row[name]) for row in self.runs if row[name]}
 
 
 def read_roots(roots: Iterable[Path]) -> list[Row]:
@@ -63,15 +69,46 @@ def read_roots(roots: Iterable[Path]) -> list[Row]:
     rows: dict[Key, Row] = {}
     for root in roots:
         if root.is_file():
-            found = read_table(root)
+            found = [("", row) for row in read_table(root)]
         else:
-            marks = ("config.json", "metrics.csv", "result.json", ".lock")
-            folders = {path.parent.resolve() for name in marks for path in root.rglob(name)}
-            found = [read_run(folder) for folder in folders if not SET_ASIDE.search(folder.name)]
+            folders, unreadable = folders_of(root)
+            found = [(str(path), damaged(path.name, reason)) for path, reason in unreadable.items()]
+            found += [(str(path), read_run(path)) for path in folders if not SET_ASIDE.search(path.name)]
         if not found:
             raise UserError(f"{root} holds no run" if root.exists() else f"there is no {root}")
-        rows.update({tuple(row.values()): row for row in found})
+        # damaged folders may look alike, and each is listed
+        rows.update({(*row.values(), path if row["state"] == "damaged" else ""): row for path, row in found})
     return sorted(rows.values(), key=order)
+
+
+def folders_of(root: Path) -> tuple[list[Path], dict[Path, str]]:
+    """The folders of runs in ``root``, at any depth and behind links, each once; and what cannot be read, and why."""
+    found, unreadable, seen, pending = [], {}, set(), [root] * root.exists()
+    while pending:
+        folder = pending.pop()
+        try:
+            real = folder.resolve()
+            if real in seen:
+                continue
+            seen.add(real)
+            with os.scandir(folder) as entries:
+                below = {entry.name: Path(entry.path) for entry in entries}
+        except OSError as error:
+            unreadable[folder] = error.strerror or str(error)
+            continue
+        is_run = not MARKS.isdisjoint(below)
+        found += [real] * is_run
+        for path in below.values():
+            if os.path.isdir(path):
+                pending.append(path)
+            elif not is_run and path.is_symlink() and not os.path.exists(path):
+                unreadable[path] = f"a link to {os.readlink(path)}, which cannot be reached"
+    return found, unreadable
+
+
+def damaged(run: str, reason: str) -> Row:
+    """The row of a folder that cannot be read."""
+    return {**dict.fromkeys(COLUMNS, ""), "run": run, "state": "damaged", "note": reason[:120]}
 
 
 def order(row: Row) -> Any:
@@ -120,8 +157,7 @@ def read_run(folder: Path) -> Row:
             row["note"] = f"last epoch begun {' '.join(begun[-1])}" if begun else ""
         check(row)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as error:
-        reason = f"{type(error).__name__}: {error}".replace(f"{folder}/", "")[:120]
-        return {**dict.fromkeys(COLUMNS, ""), "run": folder.name, "state": "damaged", "note": reason}
+        return damaged(folder.name, f"{type(error).__name__}: {error}".replace(f"{folder}/", ""))
     return row
 
 
