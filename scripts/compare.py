@@ -38,7 +38,6 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import load_data
-import main as program
 from mixup import METHODS
 from mixup.assignment import assign
 from mixup.base import bce_loss, one_hot
@@ -56,7 +55,7 @@ from mixup.saliency import (
 )
 from mixup.saliencymix import peak_box, saliency_peak
 from models import ARCHITECTURES, build_model
-from utils import archive, images
+from utils import archive, checkpoint, images
 from utils.archive import atomic_write
 from utils.errors import BadArguments, UserError, exit_code
 from utils.options import Parser, number, one_of
@@ -196,7 +195,7 @@ def load_network(args: argparse.Namespace) -> tuple[nn.Module | None, dict[str, 
     if not args.checkpoint:
         return None, {}
     state = archive.load(args.checkpoint)
-    with program.well_formed(args.checkpoint):
+    with checkpoint.well_formed(args.checkpoint):
         settings = state.get("settings", {})
         arch = args.arch or settings.get("arch", "preactresnet18")
         values = state.get("state_dict", state).values()
@@ -207,7 +206,8 @@ def load_network(args: argparse.Namespace) -> tuple[nn.Module | None, dict[str, 
         stride = 2 if (trained_side(settings, classes) or 0) >= 64 else 1
         width, dropout = settings.get("initial_channels", 64), settings.get("dropout", False)
         network = build_model(arch, classes, stride, width, dropout)
-        program.load_weights(network, state, argparse.Namespace(resume=args.checkpoint, arch=arch))
+        weights = checkpoint.weights_of(state, args.checkpoint)
+        checkpoint.load_weights(network, weights, args.checkpoint, arch)
     return network.eval(), {"arch": arch, **state}
 
 

@@ -4,7 +4,7 @@
     python3 scripts/evaluate.py --checkpoint RUNS/…/model_best.pth.tar --data_dir DATA --ngpu 0 --images 100
     python3 scripts/evaluate.py --checkpoint PUBLISHED.pth.tar --dataset cifar100 --data_dir DATA --arch wrn16_8
 
-Settings that are not typed are the checkpoint's; a published one (weights alone) takes them from the flags.
+Settings that are not given are the checkpoint's; a published one (weights alone) takes them from the flags.
 
 clean        top-1, top-5, cross-entropy, accuracy of each class, confusion matrix: always, of all test images
 calibration  expected calibration error and reliability diagram, of the same pass
@@ -48,11 +48,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import main as program
 from load_data import Data, Split, test_batches
-from utils import options, records
+from utils import checkpoint, options, records
 from utils.archive import atomic_write
-from utils.device import device_name, pick_device, set_precision
+from utils.device import device_name, pick_device, prepare, set_precision
 from utils.errors import BadArguments, UserError, exit_code
 from utils.options import Parser, number, one_of
 from utils.records import log
@@ -100,9 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
-    typed = options.typed_names(parser, argv) | {"seed", "batch_size", "fast"}  # not the training's
+    given = options.given_names(parser, argv) | {"seed", "batch_size", "fast"}  # not the training's
     options.make_parser().parse_args([], namespace=args)  # what is left, until the checkpoint says
-    return exit_code(parser, lambda: evaluate(args, typed))
+    return exit_code(parser, lambda: evaluate(args, given))
 
 
 def make_parser() -> Parser:
@@ -133,7 +132,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def evaluate(args: argparse.Namespace, typed: set[str]) -> int:
+def evaluate(args: argparse.Namespace, given: set[str]) -> int:
     """Every part that was asked for."""
     device, warning = pick_device(args.ngpu)
     records.start_log(None)
@@ -141,7 +140,8 @@ def evaluate(args: argparse.Namespace, typed: set[str]) -> int:
         log.warning(f"warning: {warning}")
     set_precision(False)
     command, digest = options.command_line(), sha256(args.resume)
-    model, data, epochs = program.open_checkpoint(args, typed, device)
+    network, data, about = checkpoint.network_and_images(args, given)
+    model, data, epochs = prepare(network.model, device, False), data.to(device), about.epochs
     if sha256(args.resume) != digest:
         raise UserError(f"{args.resume} was written anew meanwhile; type the same command again")
     arrays = find_arrays(args) if "corruptions" in args.parts else None

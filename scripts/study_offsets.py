@@ -25,15 +25,14 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import main as program
 from load_data import Split, test_batches
 from mixup import build_method
 from mixup.base import bce_loss, one_hot
 from mixup.sage import best_offsets, blend, every_offset, exact_scores, gaussian_blur
 from mixup.saliency import input_gradient, mean_magnitude, ones_where_zero
-from utils import options, results
+from utils import checkpoint, options, results
 from utils.archive import atomic_write
-from utils.device import pick_device, set_precision
+from utils.device import pick_device, prepare, set_precision
 from utils.errors import BadArguments, UserError, exit_code
 from utils.options import Parser, number
 
@@ -82,8 +81,9 @@ def search_pairs(args: argparse.Namespace) -> tuple[dict[float, Any], dict[float
     device, _ = pick_device(args.ngpu)
     set_precision(False)
     command = ["--evaluate", "--resume", args.checkpoint, "--data_dir", args.data_dir, "--ngpu", str(args.ngpu)]
-    settings, typed = options.parse(command)
-    model, data, _ = program.open_checkpoint(settings, typed, device)
+    settings, given = options.parse(command)
+    network, data, _ = checkpoint.network_and_images(settings, given)
+    model, data = prepare(network.model, device, False), data.to(device)
     if len(data.test) < BATCH:
         raise UserError(f"{data.source} has {len(data.test)} test images; {BATCH} are needed")
     of_method = {**options.method_settings(settings), "rand_pos": 1.0} if settings.method == "sage" else {}

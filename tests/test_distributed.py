@@ -28,6 +28,7 @@ from utils import processes, train
 from utils.device import step_generator
 from utils.errors import UserError
 from utils.processes import World
+from utils.runs import Progress, Training
 
 IMAGES = 12
 UNEVEN = 11  # divides over neither 2 nor 4
@@ -121,9 +122,9 @@ def test_ranks_give_the_gradients_of_one_process(ranks: SimpleNamespace, name: s
 
 def test_rate_of_a_resumed_run_counts_each_image_once() -> None:
     """The first process holds the sums of all when it continues an epoch, and its own part's from there on."""
-    progress = train.Progress(epoch=1, step=3, seconds=2.0)
+    progress = Progress(epoch=1, step=3, seconds=2.0)
     run: Any = SimpleNamespace(
-        args=SimpleNamespace(batch_size=100), data=sample_data(), progress=progress, world=World(0, 2)
+        training=Training(batch_size=100), data=sample_data(), progress=progress, world=World(0, 2)
     )
     assert train.line_of_batch(run, 7, [1.0, 30.0, 90.0, 250.0]).endswith(" 150 images/s")
     progress.step = 7
@@ -343,5 +344,5 @@ def test_processes_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> N
         for name, value in {**address, **place}.items():
             monkeypatch.setenv(name, str(value))
         with pytest.raises(UserError, match=f"process {rank} did not meet the other 1: .+"):
-            processes.join(0)
+            processes.join(0, 100)
     assert not dist.is_initialized()

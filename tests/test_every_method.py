@@ -8,7 +8,6 @@ import math
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 
 import models
 from load_data import DATASETS, train_batches
-from main import prepare_run
+from main import make_run
 from mixup import METHODS, build_method, gridcut
 from mixup.base import Method, Step
 from utils import options, train
-from utils.processes import World
+from utils.runs import Run
 
 SOURCES = {  # the words that name each, but for its folder
     "cifar10 as published": "cifar10",
@@ -113,12 +112,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
         yield found
 
 
-def start(name: str, source: str, folder: Path, arch: str = "preactresnet18", extra: str = "") -> train.Run:
+def start(name: str, source: str, folder: Path, arch: str = "preactresnet18", extra: str = "") -> Run:
     """A run of main.py that writes no files, before its first epoch; every step of its method is checked."""
     words = f"--dataset {SOURCES[source]} --method {name} --arch {arch} --initial_channels 16 --batch_size 3"
-    args, typed = options.parse([*words.split(), "--data_dir", str(folder), *extra.split()])
-    stop: Any = SimpleNamespace(exit_code=0)
-    run = prepare_run(args, typed, {}, None, torch.device("cpu"), stop, World())
+    args, given = options.parse([*words.split(), "--data_dir", str(folder), *extra.split()])
+    run = make_run(args, options.load_images(args, given), torch.device("cpu"))
     check_steps(run.method)
     return run
 
@@ -167,7 +165,7 @@ def check(step: Step, images: Tensor, labels: Tensor, num_classes: int) -> None:
         assert saliency.isfinite().all()
 
 
-def train_shortly(run: train.Run) -> None:
+def train_shortly(run: Run) -> None:
     """Two epochs."""
     weights = {name: value.clone() for name, value in run.model.state_dict().items()}
     train.fit(run)

@@ -18,9 +18,7 @@ from PIL import Image
 
 import main as program
 from tests.common import ENVIRONMENT, ROOT, SAGE, SMALL, main, rows, weights
-from utils import options, train
-from utils.errors import StopSignal
-from utils.processes import ImageWeight, World
+from utils import checkpoint, options, train
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +195,9 @@ def test_no_gpu_is_a_warning_and_log_off_writes_nothing(tree: Path, tmp_path: Pa
 def test_momentum_takes_the_layout_of_the_weights(tree: Path, tmp_path: Path) -> None:
     """A checkpoint from a device on which weights lie in another order, continued by the fused optimiser."""
     words = [*SMALL, "--data_dir", str(tree), "--initial_channels", "16", "--fast", "--resume", str(tmp_path / "c.pth")]
-    args, typed = options.parse(words)
-    prepared = args, typed, {}, None, torch.device("cpu"), StopSignal.__new__(StopSignal), World()
-    run = program.prepare_run(*prepared)
+    args, given = options.parse(words)
+    data = options.load_images(args, given)
+    run = program.make_run(args, data, torch.device("cpu"))
     for parameter in run.model.parameters():
         parameter.grad = torch.randn_like(parameter)
     run.optimizer.step()
@@ -208,8 +206,9 @@ def test_momentum_takes_the_layout_of_the_weights(tree: Path, tmp_path: Path) ->
     for held in state["optimizer"]["state"].values():
         held["momentum_buffer"] = held["momentum_buffer"].contiguous()
     torch.save(state | {"progress": asdict(run.progress)}, tmp_path / "c.pth")
-    again = program.prepare_run(*prepared)
-    program.restore(again)
+    again = program.make_run(args, data, torch.device("cpu"))
+    again.resume = args.resume
+    checkpoint.restore(again)
     for before, after in zip(run.model.parameters(), again.model.parameters(), strict=True):
         after.grad = before.grad
     for one in (run, again):
@@ -232,11 +231,10 @@ def test_waiting_for_the_device_at_the_end_of_an_epoch_counts(
     """A GPU still works when the last batch has been queued."""
     settle = train.Meter.settle
     monkeypatch.setattr(train.Meter, "settle", lambda *args: (time.sleep(2), settle(*args)))
-    args, typed = options.parse([*SMALL, "--data_dir", str(tree), "--initial_channels", "2", "--epochs", "1"])
-    run = program.prepare_run(args, typed, {}, None, torch.device("cpu"), StopSignal.__new__(StopSignal), World())
-    run.stop.exit_code = 0
-    take = train.step_taker(run.method, run.model, run.optimizer, run.device, False)
-    assert train.train_epoch(run, run.model, take, ImageWeight())
+    args, given = options.parse([*SMALL, "--data_dir", str(tree), "--initial_channels", "2", "--epochs", "1"])
+    run = program.make_run(args, options.load_images(args, given), torch.device("cpu"))
+    step = train.step_taker(run.method, run.model, run.optimizer, run.device, False)
+    assert train.train_epoch(run, step)
     assert run.progress.seconds > 2
 
 
@@ -254,6 +252,6 @@ def test_a_run_that_continues_another(sage_run: Path, tree: Path, tmp_path: Path
 
 
 def test_a_checkpoints_settings_may_begin_with_a_dash(tmp_path: Path) -> None:
-    args, typed = options.parse([])
-    options.adopt(args, typed, {"add_name": "-x", "schedule": [3, 5], "fast": True})
+    args, given = options.parse([])
+    options.adopt(args, given, {"add_name": "-x", "schedule": [3, 5], "fast": True})
     assert (args.add_name, args.schedule, args.fast) == ("-x", [3, 5], True)

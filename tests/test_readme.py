@@ -18,8 +18,6 @@ from load_data import Data, Split, train_batches
 from mixup import METHODS
 from tests.common import ENVIRONMENT, ROOT
 from utils import options
-from utils.errors import StopSignal
-from utils.processes import World
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for line in README.splitlines() if line.startswith("python3 main.py") and "…" not in line]
@@ -28,8 +26,8 @@ COMMANDS = [line for line in README.splitlines() if line.startswith("python3 mai
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command: str) -> None:
     filled = command.replace("[arch]", "wrn16_8").replace("[baseline_method]", "comix")
-    args, typed = options.parse(shlex.split(filled, comments=True)[2:])
-    assert {"dataset", "data_dir"} & typed
+    args, given = options.parse(shlex.split(filled, comments=True)[2:])
+    assert {"dataset", "data_dir"} & given
     assert args.epochs > 0
 
 
@@ -46,15 +44,14 @@ build_once = cache(main.build_model)
 @pytest.mark.parametrize("command", FILLED, ids=lambda command: " ".join(command.split()[3:4] + command.split()[-1:]))
 def test_baselines_start(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As typed, but for the images: method, network and optimiser are made, and two quarter images are trained on."""
-    args, typed = options.parse(shlex.split(command)[2:])
+    args, _ = options.parse(shlex.split(command)[2:])
     classes = [str(k) for k in range(int(args.dataset.removeprefix("cifar")))]
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (args.batch_size, 3, 16, 16), generator=generator, dtype=torch.uint8)
     split = Split(images, torch.arange(len(images)) % len(classes))
     data = Data(args.dataset, "random", classes, (0.5,) * 3, (0.25,) * 3, split, split, None, flip=True)  # type: ignore[arg-type]
-    monkeypatch.setattr(main, "load_images", lambda args, typed: data)
     monkeypatch.setattr(main, "build_model", build_once)
-    run = main.prepare_run(args, typed, {}, None, torch.device("cpu"), StopSignal.__new__(StopSignal), World())
+    run = main.make_run(args, data, torch.device("cpu"))
     batch, labels = next(train_batches(data, batch_size=args.batch_size, seed=args.seed, epoch=0, device="cpu"))
     draws = run.method.draw(np.random.default_rng(0), 2, 16, 16)
     step = run.method.step(run.model, batch[:2], labels[:2], draws)

@@ -1,20 +1,74 @@
-"""What a checkpoint holds, and how it is written and read without loss."""
+"""What a checkpoint holds, how it is written without loss, all of going on from one, and a network in one call.
+
+network, about = load_network("RUN/model_best.pth.tar")   # pixels in [0, 1] in, logits out
+network, about = load_network("PUBLISHED.pth.tar", arch="wrn16_8", dataset="cifar100")
+"""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import os
 import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from load_data import IMAGE_SIZES, Data
+from mixup.settings import NORMALISATION, Colour
+from models import build_model
+
+from . import options, processes, records, runs
 from .archive import COMMENT_MARK, DamagedCheckpoint, atomic_write, link, load
+from .errors import BadArguments, UserError
 from .records import log
+from .runs import Progress, Run
 
 LAST, PREVIOUS, BEST = "checkpoint.pth.tar", "checkpoint_previous.pth.tar", "model_best.pth.tar"
+LARGE = 64  # height in pixels from which the first convolution of a network has stride 2, see load_data.Data.stride
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def save_run(run: Run, best: bool = False) -> None:
+    """Write the checkpoint; a failing disk stops the run with one line, the checkpoint before stays."""
+    if run.folder is None:
+        return
+    if run.lock is not None and runs.lock_is_lost(run.folder, run.lock):
+        raise UserError(f"{run.folder} was deleted and made again by another run; this one stops")
+    try:
+        save(state_of(run), run.folder, best)
+    except FileNotFoundError as error:
+        raise UserError(f"{run.folder} was deleted while the run was writing into it; this run stops") from error
+    except OSError as error:
+        raise UserError(
+            f"cannot write a checkpoint into {run.folder}: {error.strerror or error}; the one before is "
+            f"untouched. Make room there and type the same command again"
+        ) from error
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """What a checkpoint of a run holds: all that going on and ``load_network`` need."""
+    return {
+        "sage": 1,  # version of this layout
+        "settings": run.settings,
+        "classes": run.data.classes,
+        "mean": run.data.mean,
+        "std": run.data.std,
+        "image_size": run.data.image_size,
+        "images": len(run.data.train),
+        "state_dict": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "progress": asdict(run.progress),
+    }
 
 
 def save(state: dict[str, Any], folder: Path, best: bool = False) -> None:
@@ -39,6 +93,37 @@ def save(state: dict[str, Any], folder: Path, best: bool = False) -> None:
                 link(folder / LAST, folder / PREVIOUS)
 
 
+# ------------------------------------------------------------------------------------------------------------- going on
+
+
+def restore(run: Run) -> None:
+    """Continue from the folder's last good checkpoint if there is one, else from ``run.resume``."""
+    source, state = run.resume, None
+    if run.world.rank == 0:
+        state = load_last(run.folder)
+        if state is not None and run.folder is not None:
+            source = str(run.folder)
+            runs.refuse_other_settings(run.folder, state.get("settings", {}), run.settings)
+            refuse_other_images(state, run, source)
+        elif run.resume:
+            state = load(run.resume)
+    state = processes.from_first(state)
+    if state is None:
+        return
+    refuse_other_classes(state.get("classes", run.data.classes), run.data.classes, source)
+    load_weights(run.model, weights_of(state, source), run.resume or "the checkpoint", run.settings["arch"])
+    if "progress" not in state:
+        log.info(f"weights from {source}; the optimiser starts anew at epoch {run.progress.epoch}")
+        return
+    with well_formed(source):
+        restore_optimizer(run.optimizer, state["optimizer"])
+        run.progress = Progress(**state["progress"])
+    refuse_other_epochs(source, run)
+    if run.folder and run.progress.rows:
+        records.write_metrics(run.folder / "metrics.csv", run.progress.rows)
+    log.info(f"continuing in epoch {run.progress.epoch}, step {run.progress.step}")
+
+
 def load_last(folder: Path | None) -> dict[str, Any] | None:
     """The folder's last checkpoint; the one before, or the best one, if that is damaged; None where none is whole.
 
@@ -55,3 +140,263 @@ def load_last(folder: Path | None) -> dict[str, Any] | None:
                 os.replace(folder / name, aside)
                 log.warning(f"warning: {error}; kept as {aside.name}, an earlier one is used")
     return None
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, held: dict[str, Any]) -> None:
+    """The momentum of a checkpoint; rate, decay and the like stay this command's."""
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(held)
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
+    for parameter, of_parameter in optimizer.state.items():
+        if (momentum := of_parameter.get("momentum_buffer")) is not None:
+            if momentum.shape != parameter.shape:
+                raise ValueError("its momentum does not fit the weights")
+            # laid out as the weights are: the fused optimiser walks through both as they lie in memory
+            of_parameter["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+
+
+def refuse_other_images(state: dict[str, Any], run: Run, source: str) -> None:
+    """Raise ``UserError`` where a run was begun with other images than those at hand."""
+    ours = {"images": len(run.data.train), "mean": run.data.mean, "std": run.data.std}
+    if any(state.get(name, value) != value for name, value in ours.items()):
+        raise UserError(f"the images of {run.data.source} are others than those that {source} was begun with")
+
+
+def refuse_other_classes(theirs: Any, ours: list[str], source: str) -> None:
+    """Raise ``UserError`` where a network was trained on other classes than those of the data."""
+    if theirs != ours:
+        raise UserError(f"{source} was trained on other classes than those of the images at hand")
+
+
+def refuse_other_epochs(source: str | Path, run: Run) -> None:
+    """Raise ``BadArguments`` where --start_epoch and --epochs do not go with the epochs that a checkpoint holds."""
+    progress, training = run.progress, run.training
+    first = progress.rows[0]["epoch"] if progress.rows else progress.epoch
+    if training.start_epoch != first:
+        raise BadArguments(
+            f"--start_epoch {training.start_epoch}: {source} was trained from epoch {first} on and continues in epoch "
+            f"{progress.epoch} by itself; give --start_epoch {first}"
+        )
+    if progress.epoch > training.epochs:
+        raise BadArguments(f"--epochs {training.epochs}: {source} has had {progress.epoch} already")
+
+
+@contextmanager
+def well_formed(path: str | Path) -> Iterator[None]:
+    """What a checkpoint holds need not be what this program put there."""
+    try:
+        yield
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {path} does not hold what it should: {error}") from error
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+
+
+def weights_of(state: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """A checkpoint's weights by name, without DataParallel's prefix; a bare dictionary of weights is one, too."""
+    weights = state.get("state_dict", state)
+    if not isinstance(weights, Mapping):
+        raise UserError(f"checkpoint {path} holds a {type(weights).__name__} in place of weights")
+    if wrong := [name for name, value in weights.items() if not (isinstance(name, str) and isinstance(value, Tensor))]:
+        raise UserError(f"checkpoint {path} does not hold weights: {wrong[0]!r} is none")
+    return {name.removeprefix("module."): value for name, value in weights.items()}
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path, arch: str) -> None:
+    """Put weights into a network of the same names and shapes."""
+    refuse_other_shapes(model, weights, path, arch)
+    with well_formed(path):
+        model.load_state_dict(weights)
+
+
+def refuse_other_shapes(model: nn.Module, weights: dict[str, Tensor], path: str | Path, arch: str) -> None:
+    """Raise ``UserError`` where names or shapes of the weights are not the network's."""
+    own = model.state_dict()
+    wrong = sorted(
+        name
+        for name in own.keys() | weights.keys()
+        if name not in own or name not in weights or own[name].shape != weights[name].shape
+    )
+    if wrong:
+        raise UserError(
+            f"the weights in {path} do not fit --arch {arch}: {len(wrong)} of {len(own)} are missing, unknown or of "
+            f"another shape, among them {wrong[0]}. Name the --arch, --initial_channels and --dataset they were "
+            "trained with"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ a network in one call
+
+
+@dataclass(frozen=True)
+class About:
+    """What a network was trained on; None where neither the file nor the caller says so.
+
+    Attributes:
+        arch: as ``models.build_model`` takes it.
+        num_classes: K.
+        classes: their K names, in the order of the logits.
+        dataset: as --dataset names it.
+        image_size: height and width in pixels.
+        mean, std: per channel, of pixels in [0, 1].
+        settings: of the run, by flag name; empty for a published file.
+        epochs: how many it was trained.
+        digests: of the training and test images, under "train" and "test".
+    """
+
+    arch: str
+    num_classes: int
+    classes: list[str] | None
+    dataset: str | None
+    image_size: tuple[int, int]
+    mean: Colour
+    std: Colour
+    settings: dict[str, Any]
+    epochs: int | None
+    digests: dict[str, str] | None
+
+
+class PixelNetwork(nn.Module):
+    """A network that takes pixels in [0, 1]: [B, 3, H, W] to logits [B, K]. ``model`` is the network behind the
+    normalisation."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: Colour, std: Colour) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model((pixels - self.mean) / self.std)
+
+
+def load_network(path: str | os.PathLike[str], **given: Any) -> tuple[PixelNetwork, About]:
+    """The network of a checkpoint of this project or a published one, on the CPU, in eval mode.
+
+    Args:
+        path: a checkpoint; nothing in it is executed.
+        given: ``arch``, ``dataset``, ``image_size`` (a side, or height and width), ``mean``, ``std`` (three values
+            each, of pixels in [0, 1]), where the file does not say; they win over what it says. A published data set
+            stands for its image size, mean and standard deviation.
+
+    Returns:
+        a module from pixels in [0, 1], [B, 3, H, W], to logits [B, K], and what it was trained on.
+
+    Raises:
+        UserError: no such file, or not a checkpoint; something that neither the file nor the caller says, by its name;
+            weights that do not fit the architecture.
+        TypeError: an unknown keyword.
+    """
+    return network_of(load(path), path, **given)
+
+
+def network_of(state: dict[str, Any], path: str | os.PathLike[str], **given: Any) -> tuple[PixelNetwork, About]:
+    """``load_network`` of a checkpoint that was read already."""
+    path = os.fspath(path)
+    weights = weights_of(state, path)
+    with well_formed(path):
+        about = about_of(state, weights, path, given)
+        model = empty_network(weights, about.arch, path, 2 if about.image_size[0] >= LARGE else 1)()
+    load_weights(model, weights, path, about.arch)
+    return PixelNetwork(model, about.mean, about.std).eval(), about
+
+
+def network_and_images(args: argparse.Namespace, given: set[str]) -> tuple[PixelNetwork, Data, About]:
+    """The network in ``args.resume``, the images that the flags name, normalised as the network's were, and what it was
+    trained on. Settings that are not ``given`` become the checkpoint's."""
+    path = args.resume
+    state = load(path)
+    with well_formed(path):
+        options.adopt(args, given, settings_of(state))
+        if missing := [name for name in ("arch", "dataset") if name not in {*given, *settings_of(state)}]:
+            raise UserError(
+                f"checkpoint {path} does not say what it was trained with; give --{' and --'.join(missing)}"
+            )
+        # before images are decoded to the size that the file asks for
+        empty_network(weights_of(state, path), args.arch, path)
+    data = options.load_images(args, given)
+    of_network = {name: getattr(data, name) for name in ("image_size", "mean", "std") if state.get(name) is None}
+    network, about = network_of(state, path, arch=args.arch, dataset=args.dataset, **of_network)
+    refuse_other_classes(about.classes or data.classes, data.classes, path)
+    return network, replace(data, mean=about.mean, std=about.std), about
+
+
+def empty_network(weights: dict[str, Tensor], arch: str, path: str, stride: int = 1) -> Callable[[], nn.Module]:
+    """Raise ``UserError`` where weights do not fit an architecture, before any memory is taken; returns what builds
+    the network."""
+    classes = number_of_classes(weights)
+    width = next((len(value) for value in weights.values() if value.ndim == 4), 1)  # of the first convolution
+    build = partial(build_model, arch, classes, stride, width)
+    with torch.device("meta"):
+        refuse_other_shapes(build(), weights, path, arch)
+    return build
+
+
+def about_of(state: dict[str, Any], weights: dict[str, Tensor], path: str, given: dict[str, Any]) -> About:
+    """What the file and the caller say of a network; ``UserError`` names what neither does."""
+    if unknown := given.keys() - {"arch", "dataset", "image_size", "mean", "std"}:
+        raise TypeError(f"load_network has no argument {min(unknown)}")
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = settings_of(state)
+    dataset = given.get("dataset", settings.get("dataset"))
+    usual: dict[str, Any] = {"arch": None, "image_size": settings.get("image_size"), "mean": None, "std": None}
+    if dataset in NORMALISATION:
+        usual["mean"], usual["std"] = NORMALISATION[dataset]
+    usual["image_size"] = usual["image_size"] or IMAGE_SIZES.get(str(dataset))
+    said = {"arch": settings.get("arch"), **{name: state.get(name) for name in ("image_size", "mean", "std")}}
+    found = {name: given.get(name) or said[name] or usual[name] for name in usual}
+    if missing := [name for name, value in found.items() if value is None]:
+        raise UserError(
+            f"checkpoint {path} does not say its network's {', '.join(missing)}; name what is missing (a published "
+            "data set's name stands for its image size, mean and std)"
+        )
+    number, classes = number_of_classes(weights), state.get("classes")
+    if classes is not None and (len(classes) != number or not all(isinstance(name, str) for name in classes)):
+        raise ValueError("its classes are not those of its weights")
+    size = found["image_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return About(
+        arch=found["arch"],
+        num_classes=number,
+        classes=classes,
+        dataset=dataset,
+        image_size=(int(height), int(width)),
+        mean=colour(found["mean"]),
+        std=colour(found["std"]),
+        settings=settings,
+        epochs=len(state["progress"]["rows"]) if "progress" in state else None,
+        digests=state.get("digests"),
+    )
+
+
+def number_of_classes(weights: dict[str, Tensor]) -> int:
+    """Rows of the last matrix, which is the classifier."""
+    matrices = [value for value in weights.values() if value.ndim == 2]
+    if not matrices:
+        raise ValueError("it holds no classifier")
+    return len(matrices[-1])
+
+
+def settings_of(state: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings: names, each with a number, a text or a short list of them; none in a published checkpoint."""
+    settings = state.get("settings", {})
+    for name, value in settings.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        if not isinstance(name, str) or len(values) > 100:
+            raise ValueError(f"its setting {str(name)[:40]!r} is none")
+        if not all(one is None or isinstance(one, str | int | float) for one in values):
+            raise ValueError(f"its setting {name[:40]!r} is neither a number nor a text")
+    return dict(settings)
+
+
+def colour(values: Any) -> Colour:
+    """Three finite numbers."""
+    red, green, blue = (float(value) for value in values)
+    if not all(abs(value) < 1e6 for value in (red, green, blue)):
+        raise ValueError(f"{values} is no mean or standard deviation of pixels in [0, 1]")
+    return red, green, blue

@@ -54,8 +54,12 @@ class StopSignal:
     def __init__(self) -> None:
         self.exit_code = 0
         self.training = False
+
+    def listen(self) -> StopSignal:
+        """From now on."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._remember)
+        return self
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         again = number == signal.SIGINT and self.exit_code == 130

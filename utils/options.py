@@ -7,14 +7,17 @@ import difflib
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from dataclasses import fields
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from load_data import DATASETS, IMAGE_SIZES
+from load_data import DATASETS, IMAGE_SIZES, Data, load
 from mixup import METHODS, build_method, setting_defaults
 from mixup.base import Method
 from models import ARCHITECTURES
+
+from .records import log
 
 # What may differ between two calls that belong to one run.
 NOT_PART_OF_A_RUN = frozenset(
@@ -208,16 +211,16 @@ def add_method_flags(parser: Parser) -> None:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
-    """Arguments, checked, and the names of those that were typed. Leaves with exit code 2 on a bad one."""
+    """Arguments, checked, and the names of those that were given. Leaves with exit code 2 on a bad one."""
     parser = make_parser()
     args = parser.parse_args(argv)
     problem = find_problem(args)
     if problem:
         parser.error(problem)
-    return args, typed_names(parser, argv)
+    return args, given_names(parser, argv)
 
 
-def typed_names(parser: Parser, argv: Sequence[str]) -> set[str]:
+def given_names(parser: Parser, argv: Sequence[str]) -> set[str]:
     """Names of the arguments in ``argv``; takes the parser's defaults away."""
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -260,18 +263,36 @@ def check_size(method: Method, height: int, width: int) -> None:
     method.draw(np.random.default_rng(0), 1, height, width)
 
 
-def adopt(args: argparse.Namespace, typed: set[str], settings: dict[str, Any]) -> None:
-    """Put the settings of a checkpoint where none were typed, checked like typed ones."""
-    words = []
-    for name in settings.keys() & vars(args).keys() - typed - NOT_PART_OF_A_RUN:
+def adopt(args: argparse.Namespace, given: set[str], settings: dict[str, Any]) -> None:
+    """Put the settings of a checkpoint where none were given, checked like given ones."""
+    arguments = []
+    for name in settings.keys() & vars(args).keys() - given - NOT_PART_OF_A_RUN:
         if settings[name] is not None:
             values = settings[name]
-            words += [f"--{name}", *map(str, values)] if isinstance(values, list) else [f"--{name}={values}"]
-    make_parser().parse_args(words, namespace=args)
+            arguments += [f"--{name}", *map(str, values)] if isinstance(values, list) else [f"--{name}={values}"]
+    make_parser().parse_args(arguments, namespace=args)
+
+
+T = TypeVar("T")
+
+
+def pick(kind: type[T], args: argparse.Namespace) -> T:
+    """A dataclass whose fields are named like flags, with the flags' values."""
+    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def load_images(args: argparse.Namespace, given: set[str]) -> Data:
+    """The images that the flags name. The default of --labels_per_class is CIFAR-10's, and no limit elsewhere."""
+    limit = args.labels_per_class if "labels_per_class" in given or args.dataset == "cifar10" else None
+    return load(
+        args.dataset, args.data_dir, image_size=args.image_size, labels_per_class=limit,
+        valid_labels_per_class=args.valid_labels_per_class, seed=args.seed,
+        warn=lambda line: log.warning(f"warning: {line}"),
+    )  # fmt: skip
 
 
 def method_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The methods' settings that were typed, by flag name."""
+    """The methods' settings that were given, by flag name."""
     names = setting_defaults().keys() & vars(args).keys()
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 

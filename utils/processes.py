@@ -50,16 +50,23 @@ def is_launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def launch(ngpu: int, words: Sequence[str]) -> int:
-    """Type a command, ``words``, on ``ngpu`` GPUs of this box, by torchrun; returns its exit code.
+def must_launch(ngpu: int) -> bool:
+    """Whether this process is to start others, one a GPU, instead of training itself."""
+    return ngpu > 1 and torch.cuda.is_available() and not is_launched()
+
+
+def launch(ngpu: int, arguments: Sequence[str]) -> int:
+    """Start a program with its ``arguments`` on ``ngpu`` GPUs of this machine, by torchrun; returns its exit code.
 
     Signals are passed on, and 128 + signal is returned once every process has saved and left.
     """
+    if torch.cuda.is_available() and ngpu > torch.cuda.device_count():
+        raise BadArguments(f"--ngpu {ngpu}: this machine has {torch.cuda.device_count()} GPUs")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ngpu}"]
     received: list[int] = []
     # saving and leaving may take longer than the 30 s after which torchrun kills; Ctrl-C reaches it through us alone
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600", **os.environ}
-    child = subprocess.Popen([*command, *words], env=environment, start_new_session=True)
+    child = subprocess.Popen([*command, *arguments], env=environment, start_new_session=True)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
@@ -71,10 +78,11 @@ def launch(ngpu: int, words: Sequence[str]) -> int:
     return 128 + received[0] if received and code else code
 
 
-def join(ngpu: int) -> World:
+def join(ngpu: int, batch_size: int) -> World:
     """Meet the other processes if torchrun started this one.
 
     Raises:
+        BadArguments: the batch does not divide over the processes.
         UserError: they did not meet; torchrun then tries again as often as its ``--max_restarts`` says.
     """
     if not is_launched():
@@ -84,7 +92,7 @@ def join(ngpu: int) -> World:
     if ngpu > 0 and torch.cuda.is_available():
         if world.local_rank >= torch.cuda.device_count():
             raise BadArguments(
-                f"process {world.local_rank} of this box has no GPU: there are {torch.cuda.device_count()}"
+                f"process {world.local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}"
             )
         backend, device = "nccl", torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
@@ -95,6 +103,8 @@ def join(ngpu: int) -> World:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"process {world.rank} did not meet the other {world.size - 1}: {reason}") from error
+    if batch_size % world.size:
+        raise BadArguments(f"--batch_size {batch_size} does not divide over {world.size} processes")
     return world
 
 
@@ -134,9 +144,9 @@ def from_first(value: Any) -> Any:
     """Rank 0's value, on every rank; it is pickled on the way."""
     if not dist.is_initialized():
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def total(values: Tensor) -> Tensor:
@@ -152,14 +162,14 @@ def largest(value: int, device: torch.device) -> int:
     """The largest value of all ranks; waits for them."""
     if not dist.is_initialized():
         return value
-    box = torch.tensor(value, device=device)
-    dist.all_reduce(box, dist.ReduceOp.MAX)
-    return int(box)
+    found = torch.tensor(value, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
 
 
 @contextmanager
 def one_first(world: World) -> Iterator[None]:
-    """One process of every box goes through the block before the others do."""
+    """One process of every machine goes through the block before the others do."""
     if dist.is_initialized() and world.local_rank > 0:
         dist.barrier()
     yield
