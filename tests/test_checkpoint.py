@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -12,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from mixup.settings import NORMALISATION
+from models import ARCHITECTURES, build_model
+from tests.common import ENVIRONMENT, ROOT
 from utils import archive, checkpoint
 from utils.archive import atomic_write
 from utils.errors import UserError
@@ -147,3 +151,107 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
             target.writestr(name, source.read(name))
     with pytest.raises(UserError, match="compressed"):
         archive.load(path)
+
+
+# ------------------------------------------------------------------------------------------------------- load_network
+
+MEAN, STD = NORMALISATION["cifar100"]
+SIZES = [(32, 32), (64, 64), (24, 40), (70, 50)]
+
+
+def published(
+    arch: str, classes: int = 7, stride: int = 1, channels: int = 4
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A network in eval mode and its checkpoint as other code writes it."""
+    torch.manual_seed(0)
+    model = build_model(arch, classes, stride, channels).eval()
+    return model, {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in model.state_dict().items()}}
+
+
+def written_by_an_old_run(model: torch.nn.Module, **settings: Any) -> dict[str, Any]:
+    """What a run of this project wrote before checkpoints held the size and the digests of the images."""
+    settings = {"dataset": "cifar100", "arch": "preactresnet18", "initial_channels": 4, "dropout": False, **settings}
+    progress = {"epoch": 2, "step": 0, "sums": [0.0] * 4, "seconds": 0.0, "rows": [{}, {}]}
+    names = [f"class {k}" for k in range(7)]
+    state = {"sage": 1, "settings": settings, "classes": names, "mean": MEAN, "std": STD, "images": 100}
+    return {**state, "state_dict": model.state_dict(), "optimizer": {}, "progress": progress}
+
+
+def assert_same_logits(network: torch.nn.Module, model: torch.nn.Module, height: int, width: int) -> None:
+    """Pixels in [0, 1] give what normalised images give the network inside."""
+    assert not network.training
+    assert not any(module.training for module in network.modules())
+    pixels = torch.rand(2, 3, height, width)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    with torch.no_grad():
+        torch.testing.assert_close(network(pixels), model((pixels - mean) / std))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_published_network_of_every_architecture_opens(arch: str) -> None:
+    height, width = SIZES[ARCHITECTURES.index(arch) % len(SIZES)]
+    model, state = published(arch, stride=2 if height >= 64 else 1)
+    given = {"arch": arch, "dataset": "cifar100", "image_size": (height, width)}
+    network, about = checkpoint.network_of(state, "published.pth", given)
+    assert_same_logits(network, model, height, width)
+    assert (about.arch, about.num_classes, about.image_size) == (arch, 7, (height, width))
+    assert (about.classes, about.epochs, about.digests, about.settings) == (None, None, None, {})
+    assert (about.mean, about.std) == (MEAN, STD)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_networks_of_runs_old_and_new_open(tmp_path: Path, height: int, width: int) -> None:
+    model, _ = published("preactresnet18", stride=2 if height >= 64 else 1)
+    old = written_by_an_old_run(model, dataset="folder")
+    checkpoint.save(old, tmp_path)
+    network, about = checkpoint.load_network(tmp_path / checkpoint.LAST, image_size=(height, width))
+    assert_same_logits(network, model, height, width)
+    assert (about.classes, about.epochs, about.dataset) == (old["classes"], 2, "folder")
+    checkpoint.save({**old, "image_size": (height, width), "digests": {"train": "1", "test": "2"}}, tmp_path)
+    network, about = checkpoint.load_network(tmp_path / checkpoint.LAST)
+    assert_same_logits(network, model, height, width)
+    assert (about.image_size, about.digests) == ((height, width), {"train": "1", "test": "2"})
+
+
+def test_what_a_checkpoint_does_not_say_is_asked_for_by_name(tmp_path: Path) -> None:
+    model, state = published("preactresnet18")
+    torch.save(state, tmp_path / "published.pth")
+    with pytest.raises(UserError, match="does not say its network's arch, image_size, mean, std;"):
+        checkpoint.load_network(tmp_path / "published.pth")
+    with pytest.raises(UserError, match="does not say its network's arch;"):
+        checkpoint.load_network(tmp_path / "published.pth", dataset="cifar10")
+    with pytest.raises(UserError, match="does not say its network's image_size, mean, std;"):
+        checkpoint.load_network(tmp_path / "published.pth", arch="preactresnet18", dataset="folder")
+    checkpoint.save(written_by_an_old_run(model, dataset="folder"), tmp_path)
+    with pytest.raises(UserError, match="does not say its network's image_size;"):
+        checkpoint.load_network(tmp_path / checkpoint.LAST)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arch": "preactresnet34"}, "do not fit --arch preactresnet34"),
+        ({"arch": "resnext29_4_24"}, "do not fit --arch resnext29_4_24"),
+        ({"arch": ["preactresnet18"] * 10**4}, "setting 'arch'"),
+        ({"arch": [["preactresnet18"]]}, "setting 'arch'"),
+        ({"schedule": {1: 2}}, "setting 'schedule'"),
+        ({"arch": "unheard_of"}, "unknown architecture"),
+    ],
+)
+def test_settings_that_do_not_go_with_the_weights_are_refused(changes: dict[str, Any], message: str) -> None:
+    model, _ = published("preactresnet18")
+    with pytest.raises(UserError, match=message):
+        checkpoint.network_of(written_by_an_old_run(model, **changes), "odd.pth", {})
+
+
+def test_a_small_file_does_not_ask_for_a_large_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes are compared before anything is allocated."""
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_: pytest.fail("a network was built"))
+    weights = {"conv1.weight": torch.zeros(1, 1, 1, 1).expand(10**5, 3, 3, 3), "linear.weight": torch.zeros(7, 8)}
+    with pytest.raises(UserError, match="do not fit"):
+        checkpoint.network_of({"state_dict": weights}, "odd.pth", {"arch": "preactresnet18", "dataset": "cifar10"})
+
+
+def test_reading_a_checkpoint_draws_no_pictures() -> None:
+    check = "import sys, utils.checkpoint; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, env=ENVIRONMENT).returncode == 0

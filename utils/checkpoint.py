@@ -65,6 +65,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "std": run.data.std,
         "image_size": run.data.image_size,
         "images": len(run.data.train),
+        "digests": run.data.digests,
         "state_dict": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "progress": asdict(run.progress),
@@ -275,14 +276,22 @@ class PixelNetwork(nn.Module):
         return self.model((pixels - self.mean) / self.std)
 
 
-def load_network(path: str | os.PathLike[str], **given: Any) -> tuple[PixelNetwork, About]:
+def load_network(
+    path: str | os.PathLike[str],
+    *,
+    arch: str | None = None,
+    dataset: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    mean: Colour | None = None,
+    std: Colour | None = None,
+) -> tuple[PixelNetwork, About]:
     """The network of a checkpoint of this project or a published one, on the CPU, in eval mode.
 
     Args:
         path: a checkpoint; nothing in it is executed.
-        given: ``arch``, ``dataset``, ``image_size`` (a side, or height and width), ``mean``, ``std`` (three values
-            each, of pixels in [0, 1]), where the file does not say; they win over what it says. A published data set
-            stands for its image size, mean and standard deviation.
+        arch, dataset, image_size, mean, std: as in ``About``, where the file does not say; they win over what it says.
+            ``image_size`` is a side, or height and width. A published data set stands for its image size, mean and
+            standard deviation.
 
     Returns:
         a module from pixels in [0, 1], [B, 3, H, W], to logits [B, K], and what it was trained on.
@@ -290,14 +299,13 @@ def load_network(path: str | os.PathLike[str], **given: Any) -> tuple[PixelNetwo
     Raises:
         UserError: no such file, or not a checkpoint; something that neither the file nor the caller says, by its name;
             weights that do not fit the architecture.
-        TypeError: an unknown keyword.
     """
-    return network_of(load(path), path, **given)
+    given = {"arch": arch, "dataset": dataset, "image_size": image_size, "mean": mean, "std": std}
+    return network_of(load(path), os.fspath(path), {name: value for name, value in given.items() if value is not None})
 
 
-def network_of(state: dict[str, Any], path: str | os.PathLike[str], **given: Any) -> tuple[PixelNetwork, About]:
-    """``load_network`` of a checkpoint that was read already."""
-    path = os.fspath(path)
+def network_of(state: dict[str, Any], path: str, given: dict[str, Any]) -> tuple[PixelNetwork, About]:
+    """``load_network`` of a checkpoint that was read already, with the keywords that were given."""
     weights = weights_of(state, path)
     with well_formed(path):
         about = about_of(state, weights, path, given)
@@ -321,7 +329,7 @@ def network_and_images(args: argparse.Namespace, given: set[str]) -> tuple[Pixel
         empty_network(weights_of(state, path), args.arch, path)
     data = options.load_images(args, given)
     of_network = {name: getattr(data, name) for name in ("image_size", "mean", "std") if state.get(name) is None}
-    network, about = network_of(state, path, arch=args.arch, dataset=args.dataset, **of_network)
+    network, about = network_of(state, path, {**of_network, "arch": args.arch, "dataset": args.dataset})
     refuse_other_classes(about.classes or data.classes, data.classes, path)
     return network, replace(data, mean=about.mean, std=about.std), about
 
@@ -339,9 +347,6 @@ def empty_network(weights: dict[str, Tensor], arch: str, path: str, stride: int 
 
 def about_of(state: dict[str, Any], weights: dict[str, Tensor], path: str, given: dict[str, Any]) -> About:
     """What the file and the caller say of a network; ``UserError`` names what neither does."""
-    if unknown := given.keys() - {"arch", "dataset", "image_size", "mean", "std"}:
-        raise TypeError(f"load_network has no argument {min(unknown)}")
-    given = {name: value for name, value in given.items() if value is not None}
     settings = settings_of(state)
     dataset = given.get("dataset", settings.get("dataset"))
     usual: dict[str, Any] = {"arch": None, "image_size": settings.get("image_size"), "mean": None, "std": None}
