@@ -9,11 +9,16 @@ Settings that are not given are the checkpoint's; a published one (weights alone
 clean        top-1, top-5, cross-entropy, accuracy of each class, confusion matrix: always, of all test images
 calibration  expected calibration error and reliability diagram, of the same pass
 corruptions  top-1 error under each corruption at five severities, and their mean in %, not relative to another network
-fgsm, pgd    top-1 accuracy under attack, in pixels of 0 … 1 with the normalisation inside the network
+fgsm, pgd    top-1 accuracy under attack, of pixels in [0, 1] with the normalisation inside the network
+--shift NAME=PATH (as often as you like): top-1, calibration error, and the drop from the own test set, of another:
+             an image tree <class>/, or with test/ or val/ in it, of the same classes or some of them; CIFAR-10.1's
+             cifar10.1_v6_data.npy (and _labels.npy) or their folder; corrupted images as published, with the mean over
+             corruptions and severities. Of a set with some of the classes, the drop is against the own test images of
+             these; the network may still answer with any of its classes.
 
---corruptions_dir is a folder with the published CIFAR-10-C or CIFAR-100-C arrays; they are also found as
-DATA/CIFAR-10-C or DATA/CIFAR-100-C. Their labels count the classes in the order of their names. The mean is over the 15
-of the benchmark; its four extra ones are listed beside it.
+--corruptions_dir is a folder with the published CIFAR-10-C or CIFAR-100-C arrays or the tree of Tiny-ImageNet-C; they
+are also found as DATA/CIFAR-10-C and so on. Labels of arrays count the classes in the order of their names. The mean is
+over the 15 of the benchmark; its four extra ones are listed beside it.
 Without arrays, corruptions are made here: utils/robustness.py lists them. Results say so; they are not CIFAR-10-C's.
 
 The network runs in float32 (TF32 on GPUs that have it). What an earlier call measured of the same checkpoint stays
@@ -30,7 +35,7 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -56,23 +61,22 @@ from utils.errors import BadArguments, UserError, exit_code
 from utils.options import Parser, number, one_of
 from utils.records import log
 from utils.robustness import CORRUPTIONS, SEVERITIES, calibration, corrupt, fgsm, pgd
+from utils.test_sets import BENCHMARK, Sets, corrupted_sets, corruptions_below, is_corrupted, open_set, split_digest
 from utils.train import hits
 
 PARTS = ("clean", "calibration", "corruptions", "fgsm", "pgd")
 FLAGS = ("dataset", "data_dir", "image_size", "arch", "initial_channels", "dropout", "ngpu")  # as main.py has them
-PUBLISHED = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}
-BENCHMARK = {  # the published ones in the mean; speckle_noise, gaussian_blur, spatter and saturate are extra
-    *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
-    *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
-}
+PUBLISHED = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C", "tiny-imagenet-200": "Tiny-ImageNet-C"}
 PARTS_OF = {  # heading → keys of the JSON
     "Clean": ("clean",),
     "Calibration": ("calibration",),
     "Corruptions": ("corruptions", "corruptions_dir", "corruption_errors", "corruption_error"),
     "FGSM": ("fgsm",),
     "PGD": ("pgd",),
+    "Other test sets": ("shift",),
 }
-OF_ALL = ("sha256", "dataset", "arch", "classes", "images", "epochs")  # what results of one checkpoint agree in
+OF_CHECKPOINT = ("sha256", "dataset", "arch", "classes", "epochs")  # what results of one checkpoint agree in
+OF_ALL = ("test_digest", "images")  # those of one test set
 OF_SUBSET = ("subset", "subset_top1", "seed")  # and those under corruptions and attacks
 FEW = 20  # classes that a picture and a table show by name
 
@@ -122,7 +126,8 @@ def make_parser() -> Parser:
     add("--batch_size", type=positive, default=250, help="(default: %(default)s)")
     add("--seed", type=number(int, low=0), default=0, help="of every random choice (default: %(default)s)")
     add("--bins", type=positive, default=15, help="of confidence, for the calibration error (default: %(default)s)")
-    add("--corruptions_dir", type=Path, help="the published arrays: gaussian_noise.npy …, labels.npy")
+    add("--corruptions_dir", type=Path, help="the published arrays: gaussian_noise.npy …, labels.npy; or their tree")
+    add("--shift", type=named_path, action="append", default=[], metavar="NAME=PATH", help="another test set")
     add("--eps", type=of_255, nargs="+", default=[4, 8], help="sizes of the attacks, of 255 (default: 4 8)")
     add("--pgd_steps", type=positive, default=10, help="(default: %(default)s)")
     add("--pgd_step_size", type=of_255, help="of 255 (default: 2.5·eps/steps)")
@@ -130,6 +135,14 @@ def make_parser() -> Parser:
     # fmt: on
     options.add_flags(parser.add_argument_group("data, model and device, where the checkpoint does not say"), FLAGS)
     return parser
+
+
+def named_path(text: str) -> tuple[str, Path]:
+    """NAME=PATH."""
+    name, sign, path = text.partition("=")
+    if not (sign and path and re.fullmatch(r"[\w.+-][\w.+ -]{0,39}", name)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH with a name of letters, digits, . + -")
+    return name.strip(), Path(path)
 
 
 def evaluate(args: argparse.Namespace, given: set[str]) -> int:
@@ -145,6 +158,7 @@ def evaluate(args: argparse.Namespace, given: set[str]) -> int:
     if sha256(args.resume) != digest:
         raise UserError(f"{args.resume} was written anew meanwhile; type the same command again")
     arrays = find_arrays(args) if "corruptions" in args.parts else None
+    sets = open_sets(args, data)
     args.out = args.out or Path(args.resume).parent / "evaluation"
     args.out.mkdir(parents=True, exist_ok=True)
     model.eval()
@@ -153,7 +167,8 @@ def evaluate(args: argparse.Namespace, given: set[str]) -> int:
     job = Job(model, data, few, device, args)
     logits = predict(job, data.test)
     job.result.update(
-        sha256=digest, dataset=data.name, arch=args.arch, classes=data.classes, images=len(data.test), epochs=epochs,
+        sha256=digest, dataset=data.name, arch=args.arch, classes=data.classes, images=len(data.test),
+        test_digest=data.digests["test"], epochs=epochs,
         subset=len(few), subset_top1=top1(logits[chosen], few.labels), seed=args.seed,
         checkpoint=str(args.resume), source=data.source, command=command, date=time.strftime("%Y-%m-%d"),
         device=device_name(device), git_commit=records.git_commit(),
@@ -176,6 +191,11 @@ def evaluate(args: argparse.Namespace, given: set[str]) -> int:
         if name in args.parts:
             attacks(job, name)
             draw_attacks(job, write(job))
+    for name, found in sets.items():
+        shift(job, name, found, logits)
+        write(job)
+    if sets:
+        draw_shifts(job, write(job)["shift"])
     log.info(f"{job.path('.md')}\n{job.path('.json')}")
     return 0
 
@@ -185,13 +205,14 @@ def sha256(path: str | Path) -> str:
 
 
 def earlier(job: Job) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """Parts that other calls measured of this checkpoint, and their paragraphs. Of other images for corruptions and
-    attacks, the calibration, which is of all images."""
+    """Parts that other calls measured of this checkpoint on this test set, and their paragraphs. Of other images for
+    corruptions and attacks, those that are of all images."""
     try:
         old, lines = records.read_json(job.path(".json")), job.path(".md").read_text(encoding="utf-8")
-        if any(old[name] != job.result[name] for name in OF_ALL):
+        if any(old[name] != job.result[name] for name in (*OF_CHECKPOINT, *OF_ALL)):
             return {}, {}
-        names = [*PARTS_OF] if all(old[name] == job.result[name] for name in OF_SUBSET) else ["Calibration"]
+        of_all = ["Calibration", "Other test sets"]
+        names = [*PARTS_OF] if all(old[name] == job.result[name] for name in OF_SUBSET) else of_all
         written = [part.split("\n\n") for part in lines.rstrip("\n").split("\n\n## ")[1:]]
         text = {heading: paragraphs for heading, *paragraphs in written if heading in names}
         return {key: old[key] for heading in text for key in PARTS_OF[heading]}, text
@@ -200,24 +221,27 @@ def earlier(job: Job) -> tuple[dict[str, Any], dict[str, list[str]]]:
 
 
 def set_aside(job: Job) -> None:
-    """Keep what was measured of this checkpoint on other images, under another name."""
+    """Keep what was measured of this checkpoint on another test set, or on other images of it, under another name."""
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         old = records.read_json(job.path(".json"))
-        same = [all(old[name] == job.result[name] for name in names) for names in (OF_ALL, OF_SUBSET)]
-        if same == [True, False] and {"corruption_errors", "fgsm", "pgd"} & old.keys():
+        checkpoint, whole, subset = (
+            all(old.get(name) == job.result[name] for name in names) for names in (OF_CHECKPOINT, OF_ALL, OF_SUBSET)
+        )
+        if not whole:
+            what = "results of another test set" if old.get("test_digest") else "results of a test set it does not name"
+        else:
+            what = f"corruptions or attacks of {old['subset']:,} other images"
+        if checkpoint and (not whole or (not subset and {"corruption_errors", "fgsm", "pgd"} & old.keys())):
             suffix = time.strftime(".old-%Y%m%d-%H%M%S")
             for ending in (".json", ".md"):
                 job.path(ending).with_suffix(ending + suffix).write_bytes(job.path(ending).read_bytes())
-            log.warning(
-                f"warning: {job.path('.json')} holds corruptions or attacks of {old['subset']:,} other images; it is "
-                f"kept as {job.path('.json').name}{suffix}"
-            )
+            log.warning(f"warning: {job.path('.json')} holds {what}; it is kept as {job.path('.json').name}{suffix}")
 
 
 def write(job: Job) -> dict[str, Any]:
     """What is there so far, this call's and earlier ones'; returns the content of the JSON."""
-    result, text = earlier(job)
-    result, text = {**result, **job.result}, {**text, **job.text}
+    before, text = earlier(job)
+    result, text = {**before, **job.result}, {**text, **job.text}
     summary = {"clean_top1": result["clean"]["top1"], "clean_top5": result["clean"]["top5"]}
     if "calibration" in result:
         summary["ece"] = result["calibration"]["ece"]
@@ -225,6 +249,9 @@ def write(job: Job) -> dict[str, Any]:
         summary["corruption_error"] = result["corruption_error"]
     for name in ("fgsm", "pgd"):
         summary.update({f"{name}{row['eps_of_255']:g}_top1": row["top1"] for row in result.get(name, [])})
+    if "shift" in result:
+        result["shift"] = {**before.get("shift", {}), **result["shift"]}
+        text["Other test sets"] = shift_text(job, result["shift"])
     result["summary"] = summary
     title = str(job.args.resume)
     headings = [title, *(name for name in PARTS_OF if name in text)]
@@ -309,17 +336,19 @@ def calibrate(job: Job, logits: Tensor) -> None:
 
 
 def find_arrays(args: argparse.Namespace) -> Path | None:
-    """The folder of published arrays, where one was named or lies beside the images."""
+    """The folder of published images, where one was named or lies beside the images."""
     usual = Path(args.data_dir) / PUBLISHED.get(args.dataset, "")
     folder = args.corruptions_dir or (usual if args.dataset in PUBLISHED and usual.is_dir() else None)
-    if folder is not None and not (folder / "labels.npy").is_file():
-        raise BadArguments(f"{folder} holds no labels.npy; the published arrays have one")
+    if folder is not None and not is_corrupted(folder):
+        raise BadArguments(
+            f"{folder} holds no labels.npy, which published arrays have, and no corruption/severity/class"
+        )
     return folder
 
 
 def corruptions(job: Job, arrays: Path | None) -> None:
     """Top-1 error in % under every corruption and severity, and the mean over both."""
-    sets = published_sets(job, arrays) if arrays else own_sets(job)
+    sets = corrupted_sets(arrays, job.data, chooser(job.args)) if arrays else own_sets(job)
     place = best_seen(job.few.images)
     errors: dict[str, list[float]] = {}
     shown: dict[str, list[Tensor]] = {}
@@ -332,7 +361,8 @@ def corruptions(job: Job, arrays: Path | None) -> None:
     counted = {name: row for name, row in errors.items() if not arrays or name in BENCHMARK}
     known, counted = len(counted), counted or errors
     mean, count = float(np.mean(list(counted.values()))), len(split)
-    what = "published arrays" if arrays else "corruptions made here (utils/robustness.py; not CIFAR-10-C)"
+    published = "published arrays" if arrays and not corruptions_below(arrays) else "published images"
+    what = published if arrays else "corruptions made here (utils/robustness.py; not CIFAR-10-C)"
     if arrays and known < len(BENCHMARK):
         what += f", {known} of the benchmark's {len(BENCHMARK)}"
     job.result["corruptions"] = f"{what}; {count:,} images, seed {job.args.seed}"
@@ -364,31 +394,62 @@ def own_sets(job: Job) -> Iterator[tuple[str, int, Split]]:
             yield name, severity, Split(corrupt(job.few.images, name, severity, job.args.seed), job.few.labels)
 
 
-def published_sets(job: Job, folder: Path) -> Iterator[tuple[str, int, Split]]:
-    """The same of arrays uint8 [5·N, H, W, 3], the severities one after the other."""
-    labels = read_array(folder / "labels.npy")
-    paths = [path for path in sorted(folder.glob("*.npy")) if path.name != "labels.npy"]
-    size, rest = divmod(len(labels), SEVERITIES) if labels.ndim == 1 else (0, 0)
-    if rest or not size or not paths or [*np.unique(labels)] != [*range(len(job.data.classes))]:
-        raise UserError(f"{folder} is not a set of corrupted images of {len(job.data.classes)} classes")
-    shape = (len(labels), *job.data.image_size, 3)
-    chosen = choose(np.asarray(labels[:size]), job.args.images, job.args.seed)
-    for path in paths:
-        images = read_array(path)
-        if images.shape != shape or images.dtype != np.uint8:
-            raise UserError(f"{path} holds {images.dtype} {images.shape} instead of uint8 {shape}")
-        for severity in range(1, SEVERITIES + 1):
-            rows = chosen + (severity - 1) * size
-            pixels = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).contiguous()
-            yield path.stem, severity, Split(pixels, torch.from_numpy(labels[rows].astype(np.int64)))
+def chooser(args: argparse.Namespace) -> Callable[[np.ndarray], np.ndarray]:
+    """What --images chooses by labels."""
+    return lambda labels: choose(labels, args.images, args.seed)
 
 
-def read_array(path: Path) -> np.ndarray:
-    """An array that stays on the disk until it is used."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as an array: {error}") from error
+# ------------------------------------------------------------------------------------------------------ other test sets
+
+
+def open_sets(args: argparse.Namespace, data: Data) -> dict[str, Sets]:
+    """The test sets of --shift by name."""
+    names = [name for name, _ in args.shift]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise BadArguments(f"--shift names two sets {twice[0]!r}; give each a name of its own")
+    warn = lambda line: log.warning(f"warning: {line}")  # noqa: E731
+    return {name: open_set(path, data, chooser(args), warn) for name, path in args.shift}
+
+
+def shift(job: Job, name: str, parts: Sets, own: Tensor) -> None:
+    """Top-1 accuracy and calibration error in % on another test set, and the drop from the own one, whose logits are
+    ``own``, on the same classes; of a corrupted set, means over corruptions and severities."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    digest, images, classes = hashlib.sha256(), 0, set[int]()
+    for corruption, severity, split in parts:
+        logits = predict(job, split, f"{name} {corruption} {severity}" if corruption else name)
+        error, _ = calibration(logits, split.labels, job.args.bins)
+        found.setdefault(corruption, []).append((top1(logits, split.labels), 100 * error))
+        digest.update(f"{corruption} {severity} {split_digest(split)}".encode())
+        images, classes = images + len(split), classes | set(split.labels.tolist())
+    counted = {key: rows for key, rows in found.items() if key in BENCHMARK} or found
+    accuracy, ece = np.mean([row for rows in counted.values() for row in rows], axis=0).tolist()
+    labels = job.data.test.labels.cpu()
+    same = torch.isin(labels, torch.tensor(sorted(classes)))
+    before = top1(own[same], labels[same])
+    job.result.setdefault("shift", {})[name] = {
+        "path": str(dict(job.args.shift)[name]), "digest": digest.hexdigest()[:32], "images": images,
+        "classes": len(classes), "corruptions": len(counted) if "" not in found else 0, "bins": job.args.bins,
+        "top1": accuracy, "ece": ece, "own_top1": before, "drop": before - accuracy,
+    }  # fmt: skip
+    if "" not in found:
+        job.result["shift"][name]["top1_of_each"] = {key: [of for of, _ in rows] for key, rows in found.items()}
+    log.info(f"{name}: top-1 {accuracy:.2f} %, {before - accuracy:.2f} below the own test set; ECE {ece:.2f} %")
+
+
+def shift_text(job: Job, sets: dict[str, dict[str, Any]]) -> list[str]:
+    """The paragraphs on other test sets."""
+    rows = [
+        [
+            name + f" ({of['corruptions']} corruptions)" * bool(of["corruptions"]), f"{of['images']:,}",
+            f"{of['classes']} of {len(job.data.classes)}",
+            *(f"{of[key]:.2f}" for key in ("top1", "own_top1", "drop", "ece")),
+        ]
+        for name, of in sets.items()
+    ]  # fmt: skip
+    head = ["test set", "images", "classes", "top-1 [%]", "own test set [%]", "drop", "ECE [%]"]
+    note = "Own test set: its images of the same classes. The network may answer with any of its classes."
+    return [note, table(head, rows), picture(job, "_shift.png", "Accuracy on other test sets")]
 
 
 # -------------------------------------------------------------------------------------------------------------- attacks
@@ -546,6 +607,27 @@ def draw_images(job: Job, shown: dict[str, list[Tensor]], title: str) -> None:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     save(job, figure, "_images.png")
+
+
+def draw_shifts(job: Job, sets: dict[str, dict[str, Any]]) -> None:
+    """Accuracy on other test sets, each beside the own one's images of the same classes."""
+    figure = Figure(figsize=(2.4 + 1.3 * len(sets), 3.8), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    places = np.arange(len(sets))
+    for offset, key, colour, label in (
+        (-0.2, "own_top1", "0.6", "own test set"),
+        (0.2, "top1", "tab:blue", "this set"),
+    ):
+        bars = axes.bar(places + offset, [of[key] for of in sets.values()], 0.38, color=colour, label=label)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
+    names = [f"{name}\n{of['images']:,} images\nECE {of['ece']:.1f} %" for name, of in sets.items()]
+    axes.set_xticks(places, names, fontsize=8, parse_math=False)
+    axes.set_ylim(0, 108)
+    axes.set_ylabel("top-1 accuracy [%]")
+    axes.set_title(title_of(job), fontsize=8, parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    save(job, figure, "_shift.png")
 
 
 def draw_attacks(job: Job, result: dict[str, Any]) -> None:

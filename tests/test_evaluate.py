@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -525,6 +527,132 @@ def test_damaged_checkpoints_are_refused(
         assert name in error
         assert message in error
         assert error.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------ other test sets
+
+
+def arrays_of(folder: Path, name: str, tree: Path) -> None:
+    """The images of a tree as the two arrays of CIFAR-10.1's layout."""
+    folder.mkdir(exist_ok=True)
+    files = [(label, path) for label, of in enumerate(CLASSES) for path in sorted((tree / of).iterdir())]
+    np.save(folder / f"{name}_data.npy", np.stack([np.asarray(Image.open(path)) for _, path in files]))
+    np.save(folder / f"{name}_labels.npy", np.array([label for label, _ in files], dtype=np.int32))
+
+
+@pytest.fixture(scope="module")
+def other_sets(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The test images again in several layouts: two classes of three and a strange one; arrays; a corrupted tree, whose
+    images are black from severity 3 on."""
+    root = tmp_path_factory.mktemp("sets")
+    for name in ("blue", "red", "zebra"):
+        shutil.copytree(images / "test" / name.replace("zebra", "red"), root / "some" / "val" / name)
+    shutil.copytree(images / "test", root / "none", copy_function=shutil.copy)
+    for name in CLASSES:
+        (root / "none" / name).rename(root / "none" / f"{name}ish")
+    arrays_of(root / "arrays", "shifted", images / "test")
+    for severity in range(1, 6):
+        for corruption in ("fog", "saturate"):
+            shutil.copytree(images / "test", root / "corrupted" / corruption / str(severity))
+            for path in (root / "corrupted" / corruption / str(severity)).rglob("*.png") if severity > 2 else ():
+                Image.new("RGB", (32, 32)).save(path)
+    return root
+
+
+def test_other_test_sets(words: list[object], images: Path, other_sets: Path, tmp_path: Path) -> None:
+    named = {
+        "all": images,
+        "some": other_sets / "some",
+        "arrays": other_sets / "arrays",
+        "corrupted": other_sets / "corrupted",
+    }
+    shifts = [word for name, path in named.items() for word in ("--shift", f"{name}={path}")]
+    code, found = evaluate(*words, "--parts", "calibration", *shifts, "--out", tmp_path)
+    assert code == 0
+    clean, sets = found["clean"], found["shift"]
+    same = {"images": 24, "classes": 3, "top1": clean["top1"], "own_top1": clean["top1"], "drop": 0, "corruptions": 0}
+    for name in ("all", "arrays"):
+        assert {key: sets[name][key] for key in same} == pytest.approx(same)
+        assert sets[name]["ece"] == pytest.approx(found["calibration"]["ece"])
+    assert sets["all"]["digest"] == sets["arrays"]["digest"]
+    # some: of the network's answers, those on 16 images; a class that it does not know is left out
+    right = np.array(clean["confusion"]).diagonal()[[0, 2]].sum()
+    assert (sets["some"]["images"], sets["some"]["classes"]) == (16, 2)
+    assert sets["some"]["top1"] == sets["some"]["own_top1"] == pytest.approx(100 * right / 16)
+    # corrupted: the mean over severities of the benchmark's corruptions, here fog; black images are all one class
+    each = sets["corrupted"]["top1_of_each"]
+    assert each["fog"] == each["saturate"] == pytest.approx([clean["top1"]] * 2 + [100 / 3] * 3)
+    assert sets["corrupted"]["top1"] == pytest.approx((2 * clean["top1"] + 100) / 5)
+    assert (sets["corrupted"]["images"], sets["corrupted"]["corruptions"]) == (240, 1)
+    assert sets["corrupted"]["drop"] == pytest.approx(clean["top1"] - sets["corrupted"]["top1"])
+    text = (tmp_path / "checkpoint.md").read_text()
+    assert f"| some | 16 | 2 of 3 | {sets['some']['top1']:.2f} | {sets['some']['top1']:.2f} | 0.00 |" in text
+    assert "](checkpoint_shift.png)" in text
+    with Image.open(tmp_path / "checkpoint_shift.png") as picture:
+        assert min(picture.size) > 200
+    # a later call adds a set, and measures one anew; --images is of corrupted sets
+    again = ["--shift", f"arrays={images / 'test'}", "--shift", f"few={other_sets / 'tree'}", "--images", 2]
+    _, later = evaluate(*words, "--parts", "clean", *again, "--out", tmp_path)
+    assert [*later["shift"]] == ["all", "some", "arrays", "corrupted", "few"]
+    assert later["shift"]["arrays"]["path"] == str(images / "test")
+    assert later["shift"]["some"] == sets["some"]
+    assert later["shift"]["few"]["images"] == 60
+
+
+def test_other_test_sets_that_do_not_fit_are_refused(
+    words: list[object], other_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken").mkdir()
+    np.save(tmp_path / "broken" / "x_data.npy", np.zeros((4, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "broken" / "x_labels.npy", np.array([{}] * 4, dtype=object), allow_pickle=True)
+    np.save(tmp_path / "few_data.npy", np.zeros((4, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "few_labels.npy", np.array([0, 1, 1, 0]))
+    arrays_of(tmp_path / "ten", "cifar10.1_v6", other_sets / "corrupted" / "fog" / "1")
+    arrays_of(tmp_path / "two", "v4", other_sets / "corrupted" / "fog" / "1")
+    arrays_of(tmp_path / "two", "v6", other_sets / "corrupted" / "fog" / "1")
+    shutil.copytree(other_sets / "corrupted" / "fog" / "1", tmp_path / "partial" / "fog" / "1")
+    (tmp_path / "fifo").mkdir()
+    os.mkfifo(tmp_path / "fifo" / "y_data.npy")
+    none = other_sets / "none"
+    for code, shift, message in (
+        (
+            2,
+            f"x={none}",
+            f"{none} holds blueish, greenish, redish …, none of the network's classes (blue, green, red …)",
+        ),
+        (2, f"x={tmp_path / 'nowhere'}", "there is no folder"),
+        (2, "x", "not NAME=PATH"),
+        (2, "a|b=x", "not NAME=PATH"),
+        (2, f"x={tmp_path / 'ten'}", "is of CIFAR-10's classes"),
+        (2, f"x={tmp_path / 'two'}", "v4_data.npy, v6_data.npy"),
+        (2, f"x={tmp_path / 'fifo'}", "there is no file"),
+        (1, f"x={tmp_path / 'broken'}", "x_labels.npy cannot be read"),
+        (1, f"x={tmp_path / 'few_data.npy'}", "not those of 3 classes"),
+        (1, f"x={tmp_path / 'partial'}", "needs the severities 1 to 5"),
+    ):
+        assert evaluate(*words, "--parts", "clean", "--shift", shift, "--out", tmp_path / "out")[0] == code, shift
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert evaluate(*words, "--shift", "a=x", "--shift", "a=y", "--out", tmp_path / "out")[0] == 2
+    assert "two sets 'a'" in capsys.readouterr().err
+
+
+def test_results_of_another_test_set_are_set_aside(words: list[object], images: Path, tmp_path: Path) -> None:
+    """One pixel of one image is enough."""
+    other = tmp_path / "other"
+    shutil.copytree(images, other)
+    path = other / "test" / "blue" / "0.png"
+    pixels = np.array(Image.open(path))
+    pixels[0, 0, 0] ^= 1
+    Image.fromarray(pixels).save(path)
+    out = ["--out", tmp_path / "out"]
+    _, first = evaluate(*words, "--parts", "calibration", "--shift", f"x={images}", *out)
+    before = (tmp_path / "out" / "checkpoint.json").read_bytes()
+    _, second = evaluate(*words, "--data_dir", other, "--parts", "clean", *out)
+    assert first["test_digest"] != second["test_digest"]
+    assert not {"calibration", "shift"} & second.keys()
+    assert [path.read_bytes() for path in (tmp_path / "out").glob("checkpoint.json.old-*")] == [before]
 
 
 def test_main_and_this_script_have_the_same_flags() -> None:

@@ -68,7 +68,7 @@ def load_tree(
     key = _fingerprint(root, files, size)
     path = os.path.join(root, f".sage-cache-{size or 'auto'}.npz")
     held = _read_cache(path, key, [len(part) for part in files], warn) if cache else None
-    images, digests = held or (_decode(files, size, workers, progress), [])
+    images, digests = held or (decode(files, size, workers, progress), [])
     if not digests:  # decoded just now, or by a version that took none
         digests = [pixel_digest(part) for part in images]
         try:
@@ -84,7 +84,7 @@ def load_tree(
 def _list_tree(root: str, warn: Callable[[str], None]) -> tuple[list[str], list[list[list[_File]]]]:
     """Class names, and for training and test the files of each class."""
     ignored: list[str] = []
-    train = _class_files(os.path.join(root, "train"), ignored)
+    train = class_files(os.path.join(root, "train"), ignored)
     annotations = os.path.join(root, "val", "val_annotations.txt")
     if os.path.isfile(annotations):
         other, test = "val", _annotated_files(annotations, ignored)
@@ -92,7 +92,7 @@ def _list_tree(root: str, warn: Callable[[str], None]) -> tuple[list[str], list[
         other = next((name for name in ("test", "val") if os.path.isdir(os.path.join(root, name))), "")
         if not other:
             raise UserError(f"{root!r} has a folder train but neither test nor val; add test/<class>/ with images")
-        test = _class_files(os.path.join(root, other), ignored)
+        test = class_files(os.path.join(root, other), ignored)
     if train.keys() != test.keys():
         (name, lacking), *more = [(name, other) for name in sorted(train.keys() - test.keys())] + [
             (name, "train") for name in sorted(test.keys() - train.keys())
@@ -109,7 +109,7 @@ def _list_tree(root: str, warn: Callable[[str], None]) -> tuple[list[str], list[
     return classes, [[train[name] for name in classes], [test[name] for name in classes]]
 
 
-def _class_files(folder: str, ignored: list[str]) -> dict[str, list[_File]]:
+def class_files(folder: str, ignored: list[str]) -> dict[str, list[_File]]:
     """Image files of every class folder in ``folder``; other pictures are added to ``ignored``."""
     try:
         with os.scandir(folder) as entries:
@@ -194,7 +194,9 @@ def one_line(error: BaseException) -> str:
 # --------------------------------------------------------------------------------------------------- decoding and cache
 
 
-def _decode(files: Sequence[Sequence[_File]], size: int | None, workers: int, progress: bool) -> list[np.ndarray]:
+def decode(
+    files: Sequence[Sequence[_File]], size: int | tuple[int, int] | None, workers: int, progress: bool
+) -> list[np.ndarray]:
     """uint8 [N, 3, H, W] for every list of files, decoded by threads: Pillow lets them run beside each other."""
     total = sum(len(part) for part in files)
     with (
@@ -204,7 +206,7 @@ def _decode(files: Sequence[Sequence[_File]], size: int | None, workers: int, pr
     ):
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata, without a path
         try:
-            height, width = (size, size) if size else _common_size(files)
+            height, width = (size, size) if isinstance(size, int) else size or _common_size(files)
             images = [np.empty((len(part), 3, height, width), np.uint8) for part in files]
 
             def decode(job: tuple[int, int]) -> int:

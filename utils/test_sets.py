@@ -1,0 +1,175 @@
+"""Test sets beside the network's own: image trees, CIFAR-10.1, corrupted images as published."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from load_data import Data, Split
+
+from .errors import BadArguments, UserError
+from .images import class_files, cores, decode, pixel_digest
+from .robustness import SEVERITIES
+
+BENCHMARK = {  # the published corruptions in the mean; speckle_noise, gaussian_blur, spatter and saturate are extra
+    *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+}
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+Sets = Iterator[tuple[str, int, Split]]  # name, severity, images
+
+
+def open_set(path: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray], warn: Callable[[str], None]) -> Sets:
+    """The images of another test set, with the labels of the network's classes, at the size of ``data``.
+
+    Args:
+        path: an image tree ``<class>/``, or with ``test/`` or ``val/`` in it, which has the classes of ``data`` or some
+            of them; a folder with ``…_data.npy`` (uint8 [N, H, W, 3]) and ``…_labels.npy`` (integers [N]), or that
+            first file; corrupted images as published, arrays or a tree ``<corruption>/<severity>/<class>/``.
+        choose: from labels [N] to the indices that are measured, of a corrupted set.
+        warn: called with one line about what is left out.
+
+    Returns:
+        One part without a name and with severity 0, or one for each corruption and severity.
+
+    Raises:
+        BadArguments: there is no such set of these classes.
+        UserError: a damaged file.
+    """
+    if is_corrupted(path):
+        for corruption in corruptions_below(path)[:1]:  # before anything is measured
+            folder = next(iter(sorted(corruption.iterdir())))
+            common_classes(folder, [of.name for of in folder.iterdir()], data.classes)
+        return corrupted_sets(path, data, choose)
+    pairs = [path] if path.name.endswith("_data.npy") else sorted(path.glob("*_data.npy"))
+    if len(pairs) > 1:
+        raise BadArguments(f"{path} holds several sets ({', '.join(pair.name for pair in pairs)}); name one file")
+    if pairs:
+        return iter([("", 0, read_pair(pairs[0], data))])
+    folder = next((path / name for name in ("test", "val") if (path / name).is_dir()), path)
+    if not folder.is_dir():
+        raise BadArguments(f"there is no folder {folder}")
+    return iter([("", 0, read_tree(folder, data, warn))])
+
+
+def is_corrupted(path: Path) -> bool:
+    """Whether ``path`` has the layout of CIFAR-10-C (arrays) or Tiny-ImageNet-C (a tree)."""
+    return (path / "labels.npy").exists() or bool(corruptions_below(path))
+
+
+def corruptions_below(path: Path) -> list[Path]:
+    """The folders of a corrupted tree: those that have folders named after severities."""
+    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir()] if path.is_dir() else []
+    return [folder for folder in folders if (folder / "1").is_dir() or (folder / str(SEVERITIES)).is_dir()]
+
+
+def corrupted_sets(path: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray]) -> Sets:
+    """Name, severity and images of every corruption as published."""
+    if (path / "labels.npy").exists():
+        return corrupted_arrays(path, data, choose)
+    return corrupted_tree(path, data, choose)
+
+
+def corrupted_arrays(folder: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray]) -> Sets:
+    """Of arrays uint8 [5·N, H, W, 3], the severities one after the other."""
+    labels = read_array(folder / "labels.npy")
+    paths = [path for path in sorted(folder.glob("*.npy")) if path.name != "labels.npy"]
+    size, rest = divmod(len(labels), SEVERITIES) if labels.ndim == 1 else (0, 0)
+    if rest or not size or not paths or [*np.unique(labels)] != [*range(len(data.classes))]:
+        raise UserError(f"{folder} is not a set of corrupted images of {len(data.classes)} classes")
+    shape = (len(labels), *data.image_size, 3)
+    chosen = choose(np.asarray(labels[:size]))
+    for path in paths:
+        images = read_array(path)
+        if images.shape != shape or images.dtype != np.uint8:
+            raise UserError(f"{path} holds {images.dtype} {images.shape} instead of uint8 {shape}")
+        for severity in range(1, SEVERITIES + 1):
+            rows = chosen + (severity - 1) * size
+            yield path.stem, severity, split_of(images[rows], labels[rows])
+
+
+def corrupted_tree(path: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray]) -> Sets:
+    """Of folders ``<corruption>/<severity>/<class>/``; each must have the same classes."""
+    known: list[str] = []
+    for corruption in corruptions_below(path):
+        for severity in range(1, SEVERITIES + 1):
+            folder = corruption / str(severity)
+            if not folder.is_dir():
+                raise UserError(f"{folder} is missing; a corruption needs the severities 1 to {SEVERITIES}")
+            found = class_files(str(folder), [])
+            known = known or common_classes(folder, [*found], data.classes)
+            if common_classes(folder, [*found], data.classes) != known:
+                raise UserError(f"{folder} has other classes than {path} elsewhere; unpack it again")
+            files = [file for name in known for file in found[name]]
+            labels = np.array([data.classes.index(name) for name in known for _ in found[name]])
+            chosen = choose(labels)
+            (images,) = decode([[files[i] for i in chosen]], data.image_size, cores(), progress=False)
+            yield corruption.name, severity, Split(torch.from_numpy(images), torch.from_numpy(labels[chosen]))
+
+
+def read_tree(folder: Path, data: Data, warn: Callable[[str], None]) -> Split:
+    """The images of the class folders that the network knows."""
+    ignored: list[str] = []
+    found = class_files(str(folder), ignored)
+    known = common_classes(folder, [*found], data.classes)
+    if unknown := sorted(found.keys() - {*known}):
+        warn(
+            f"{folder}: {len(unknown)} folders that are no class of the network are left out, among them {unknown[0]!r}"
+        )
+    if ignored:
+        warn(f"{len(ignored)} files that are not PNG, JPEG or WebP are left out, among them {min(ignored)!r}")
+    (images,) = decode([[file for name in known for file in found[name]]], data.image_size, cores(), progress=True)
+    labels = [data.classes.index(name) for name in known for _ in found[name]]
+    return Split(torch.from_numpy(images), torch.tensor(labels))
+
+
+def common_classes(folder: Path, found: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """The classes that both have, in the network's order."""
+    known = [name for name in classes if name in found]
+    if not known:
+        raise BadArguments(
+            f"{folder} holds {', '.join(sorted(found)[:3])} …, none of the network's classes "
+            f"({', '.join(classes[:3])} …); name the folders after them"
+        )
+    return known
+
+
+def read_pair(path: Path, data: Data) -> Split:
+    """The arrays ``…_data.npy`` and ``…_labels.npy``; labels count the classes in the order of their names."""
+    images, labels = read_array(path), read_array(path.with_name(path.name.replace("_data.npy", "_labels.npy")))
+    if path.name.startswith("cifar10") and data.classes != CIFAR10:
+        raise BadArguments(f"{path} is of CIFAR-10's classes, the network of {', '.join(data.classes[:3])} …")
+    shape = (*labels.shape, *data.image_size, 3)
+    if labels.ndim != 1 or images.shape != shape or images.dtype != np.uint8:
+        raise UserError(f"{path} holds {images.dtype} {images.shape} instead of uint8 {shape}")
+    if [*np.unique(labels)] != [*range(len(data.classes))]:
+        raise UserError(
+            f"{path}: its labels are not those of {len(data.classes)} classes, 0 to {len(data.classes) - 1}"
+        )
+    return split_of(images, labels)
+
+
+def split_of(images: np.ndarray, labels: np.ndarray) -> Split:
+    """Of uint8 [N, H, W, 3] and integers [N]."""
+    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).contiguous()
+    return Split(pixels, torch.from_numpy(np.asarray(labels).astype(np.int64)))
+
+
+def read_array(path: Path) -> np.ndarray:
+    """An array that stays on the disk until it is used; nothing in it is executed."""
+    if not path.is_file():
+        raise BadArguments(f"there is no file {path}")
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read as an array: {error}") from error
+
+
+def split_digest(split: Split) -> str:
+    """32 hexadecimal digits that stand for the pixels and labels."""
+    labels = split.labels.numpy().astype("<i8").tobytes()
+    return hashlib.sha256(pixel_digest(split.images.numpy()).encode() + labels).hexdigest()[:32]
