@@ -517,11 +517,17 @@ def test_damaged_checkpoints_are_refused(
     (tmp_path / "cut.pth.tar").write_bytes(content[: len(content) // 2])
     state = torch.load(small_run / "checkpoint.pth.tar", weights_only=True)
     weights = dict(state["state_dict"])
-    torch.save({name: value for name, value in weights.items() if "linear" not in name}, tmp_path / "part.pt")
+    for file, left_out in (("part.pt", "layer2"), ("body.pt", "linear")):
+        torch.save({name: value for name, value in weights.items() if left_out not in name}, tmp_path / file)
     weights["linear.bias"] = weights["linear.bias"] * math.nan
     torch.save(weights, tmp_path / "nan.pt")
     flags = ["--dataset", "folder", "--data_dir", images, "--arch", "preactresnet18", "--initial_channels", 4]
-    for name, message in (("cut.pth.tar", "cannot be read"), ("part.pt", "do not fit"), ("nan.pt", "not finite")):
+    for name, message in (
+        ("cut.pth.tar", "cannot be read"),
+        ("part.pt", "do not fit"),
+        ("body.pt", "no classifier"),
+        ("nan.pt", "not finite"),
+    ):
         assert evaluate("--checkpoint", tmp_path / name, *flags, "--ngpu", 0, "--out", tmp_path / "out")[0] == 1
         error = capsys.readouterr().err
         assert name in error
