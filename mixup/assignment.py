@@ -16,14 +16,13 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from .gridcut import DISTANCE_SCALE, UNARY_SCALE, scale_floats, solver
+from .gridcut import DISTANCE_SCALE, UNARY_SCALE, scale_floats, swap_each
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 SOFT_BONUS = 5e-4  # what a soft label costs less than the mean of its two images
 SOFT_DISTANCE = 0.25  # between a soft label and either of its images
-UNUSED = 2**62  # energy of a soft label that does not exist: above any other
 
 
 class AssignSettings(TypedDict, total=False):
@@ -195,8 +194,7 @@ def _minimise(
     for view, edges in ((seams[:-1], down), (seams[1:], down), (seams[:, :-1], across), (seams[:, 1:], across)):
         view += edges
     margin = (seams * DISTANCE_SCALE).reshape(cells, 1, 1)
-    weight = max(int(down.max(initial=0)), int(across.max(initial=0)))
-    down, across = down[None], across[None]
+    beyond = int(margin.max()) + 1
 
     for index in range(values.iterations):
         if index > 0:
@@ -212,12 +210,11 @@ def _minimise(
             )
             unary = cost + 2 * gamma * modular[:, None] + gamma * extra[:, o, None]
             energy, images_of = (unary * UNARY_SCALE).astype(np.int64), images
-            largest = int(np.abs(energy).max())
             if index > 0:
                 pairs, number = pairs_of[:, o], number_of[:, o]
                 both = unary[part[..., None, None], np.arange(cells)[:, None, None], pairs[:, None]]
                 means = (((both[..., 0] + both[..., 1]) / 2 - SOFT_BONUS) * UNARY_SCALE).astype(np.int64)
-                means = np.where(np.arange(3) < number[:, None], means, UNUSED)
+                means = np.where(np.arange(3) < number[:, None], means, np.abs(energy).max() + beyond)
                 energy = np.concatenate((energy, means), axis=2)
                 images_of = np.concatenate((images, pairs), axis=1)
                 distance[:, n:] = potts[n:]
@@ -227,15 +224,12 @@ def _minimise(
             by_cell = energy.swapaxes(0, 1)
             beats = (by_cell[:, :, None] > (by_cell + margin)[..., None]).all(axis=0)
             wins, loses = _bits(beats), _bits(beats.transpose(0, 2, 1))
-            swap = solver(largest, weight, DISTANCE_SCALE, energy[0].size)
             active = np.flatnonzero(~done)
-            chosen = np.empty((active.size, cells), np.int64)
-            for row, p in enumerate(active):
-                keep = _reachable(wins[p], loses[p])
-                if keep.size > 1:
-                    unaries = energy[p][:, keep].reshape(1, g, g, -1)
-                    keep = keep[swap(unaries, distance[p][keep[:, None], keep], down, across).ravel()]
-                chosen[row] = keep
+            allowed = [_reachable(wins[p], loses[p]) for p in active]
+            used = energy.shape[2]
+            chosen = swap_each(
+                energy[active].reshape(-1, g, g, used), distance[active, :used, :used], down, across, allowed
+            ).reshape(-1, cells)
             sources[active, o] = images_of[active[:, None], chosen]
             counts[:, o] = _count(sources[:, o], n)
             total += counts[:, o]

@@ -21,8 +21,9 @@ from mixup.comix import CoMixup, co_mix, compatibility
 
 from .common import golden, normalise
 
-ORTOOLS = pytest.param("ortools", marks=pytest.mark.skipif(gridcut._ortools() is None, reason="no OR-Tools"))
 GCO = pytest.param("gco", marks=pytest.mark.skipif(gridcut._gco() is None, reason="no gco-wrapper"))
+ORTOOLS = pytest.param("ortools", marks=pytest.mark.skipif(gridcut._ortools() is None, reason="no OR-Tools"))
+SOLVERS = [GCO, ORTOOLS, "rows"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,10 @@ def cases() -> list[dict[str, Any]]:
 
 
 def use_solver(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(assignment, "solver", lambda *_: getattr(gridcut, f"swap_{name}"))
+    if name != "gco":
+        monkeypatch.setattr(gridcut, "_gco", lambda: None)
+    if name == "ortools":
+        monkeypatch.setattr(gridcut, "_cut_narrow", gridcut._cut_flow)
 
 
 def maps(*shape: int, seed: int = 0) -> Tensor:
@@ -57,7 +61,7 @@ def expand(cells: Tensor, height: int, width: int) -> Tensor:
     return cells.repeat_interleave(height // g, 1).repeat_interleave(width // g, 2)
 
 
-@pytest.mark.parametrize("solver", [GCO, ORTOOLS])
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("case", range(5))
 def test_golden(cases: list[dict[str, Any]], case: int, solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_solver(monkeypatch, solver)
@@ -162,16 +166,14 @@ def test_labels_out_of_reach_are_found() -> None:
     assert assignment._reachable([0] * 70, [0] * 70).tolist() == list(range(70))
 
 
-@pytest.mark.skipif(gridcut._gco() is None or gridcut._ortools() is None, reason="needs both solvers")
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("threshold_type", ["hard", "soft"])
-def test_solvers_agree(threshold_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_solvers_agree(solver: str, threshold_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     saliency = maps(3, 9, 16, 16, seed=3)
     arguments = draws_for(saliency, 4)
-    results = []
-    for name in ("gco", "ortools"):
-        use_solver(monkeypatch, name)
-        results.append(assign(saliency, **arguments, threshold_type=threshold_type))
-    assert torch.equal(*results)
+    expected = assign(saliency, **arguments, threshold_type=threshold_type)
+    use_solver(monkeypatch, solver)
+    assert torch.equal(assign(saliency, **arguments, threshold_type=threshold_type), expected)
 
 
 @pytest.mark.parametrize(("height", "width", "blocks"), [(32, 32, 4), (24, 40, 4), (6, 4, 2), (5, 7, 1)])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import main as program
 from mixup import gridcut
-from mixup.gridcut import NoSolver, scale_floats, swap, swap_gco, swap_ortools
+from mixup.gridcut import NoSolver, scale_floats, swap, swap_each, swap_gco, swap_ortools
 
 needs_gco = pytest.mark.skipif(gridcut._gco() is None, reason="compares with gco-wrapper, which is not installed")
 
@@ -55,7 +55,7 @@ def best_swap(labels, alpha, beta, terms):
     return tries[first : first + 1], energies[first]
 
 
-def brute_swap(terms):
+def brute_swap(*terms):
     """The swap of one grid by trying everything."""
     unary = terms[0]
     labels = np.zeros(unary.shape[:3], int)
@@ -82,7 +82,7 @@ def test_labels_are_those_of_brute_force_ties_included(metric, largest):
     for _ in range(12):
         height, width, labels = rng.integers(1, 4), rng.integers(1, 4), rng.integers(2, 7)
         terms = random_grids(rng, 1, height, width, labels, largest, metric)
-        expected = brute_swap(terms)
+        expected = brute_swap(*terms)
         np.testing.assert_array_equal(swap_ortools(*terms), expected)
         np.testing.assert_array_equal(swap(*terms), expected)
         alone = swap(terms[0][0], terms[1], terms[2][0], terms[3][0])
@@ -101,6 +101,65 @@ def test_both_solvers_agree_on_thousands_of_grids(labels, largest, metric):
         first, second = swap_gco(*terms), swap_ortools(*terms)
         np.testing.assert_array_equal(first, second)
         np.testing.assert_array_equal(energy(first, *terms), energy(second, *terms))
+
+
+def grids_apart(rng, grids, height, width, labels, largest):
+    """Arguments of ``swap_each``: distances and labels of each grid's own, edges that all share."""
+    unary, _, vertical, horizontal = random_grids(rng, grids, height, width, labels, largest)
+    distance = rng.integers(0, largest + 1, (grids, labels, labels))
+    distance = np.triu(distance, 1) + np.triu(distance, 1).transpose(0, 2, 1)
+    allowed = [np.sort(rng.permutation(labels)[: rng.integers(1, labels + 1)]) for _ in range(grids)]
+    return unary, distance, vertical[0], horizontal[0], allowed
+
+
+def one_by_one(solve, unary, distance, vertical, horizontal, allowed):
+    found = np.empty(unary.shape[:3], int)
+    for b, labels in enumerate(allowed):
+        terms = unary[b][None, :, :, labels], distance[b][np.ix_(labels, labels)], vertical[None], horizontal[None]
+        found[b] = labels[solve(*terms)[0]]
+    return found
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    st.integers(0, 2**31 - 1),
+    st.sampled_from([(1, 1), (4, 1), (1, 4), (2, 2), (3, 4), (4, 4), (4, 4), (5, 3), (3, 5), (6, 6)]),
+    st.integers(1, 9),
+    st.sampled_from([1, 2, 5, 40, 10**4]),
+)
+def test_grids_side_by_side_get_what_each_gets_alone(seed, shape, labels, largest):
+    """Ties everywhere where energies are small; up to 4×4 cells by rows, beyond by flows."""
+    terms = grids_apart(np.random.default_rng(seed), 5, *shape, labels, largest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gridcut, "_gco", lambda: None)
+        found = swap_each(*terms)
+    np.testing.assert_array_equal(found, one_by_one(swap, *terms))
+    np.testing.assert_array_equal(swap_each(*terms), found)
+
+
+@pytest.mark.parametrize("largest", [1, 3, 1000])
+def test_rows_find_what_brute_force_finds(monkeypatch, largest):
+    monkeypatch.setattr(gridcut, "_gco", lambda: None)
+    monkeypatch.setattr(gridcut, "_ortools", lambda: None)
+    rng = np.random.default_rng(largest)
+    for _ in range(12):
+        terms = grids_apart(rng, 3, *rng.integers(1, 4, 2), 4, largest)
+        np.testing.assert_array_equal(swap_each(*terms), one_by_one(brute_swap, *terms))
+
+
+def test_side_by_side_without_a_solver_and_beyond_doubles(monkeypatch):
+    monkeypatch.setattr(gridcut, "_gco", lambda: None)
+    unary, distance, vertical, horizontal, allowed = grids_apart(np.random.default_rng(1), 4, 4, 4, 6, 20)
+    expected = swap_each(unary, distance, vertical, horizontal, allowed)
+    large = 2**36
+    found = swap_each(unary * large, distance, vertical * large, horizontal * large, allowed)
+    np.testing.assert_array_equal(found, expected)
+    monkeypatch.setattr(gridcut, "_ortools", lambda: None)
+    np.testing.assert_array_equal(swap_each(unary, distance, vertical, horizontal, allowed), expected)
+    with pytest.raises(NoSolver, match="pip install ortools"):
+        swap_each(unary * large, distance, vertical * large, horizontal * large, allowed)
+    with pytest.raises(NoSolver, match="pip install ortools"):
+        swap_each(*grids_apart(np.random.default_rng(1), 4, 5, 4, 6, 20))
 
 
 def test_no_swap_of_two_labels_lowers_the_energy():
