@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .gridcut import DISTANCE_SCALE, UNARY_SCALE, scale_floats, swap_each
+from .settings import check, setting
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,7 +39,7 @@ class AssignSettings(TypedDict, total=False):
     iterations: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class AssignValues:
     """All of ``AssignSettings``, checked.
 
@@ -55,24 +56,17 @@ class AssignValues:
         ValueError: a value out of range.
     """
 
-    num_blocks: int = 4
-    beta: float = 0.32
-    gamma: float = 1.0
-    eta: float = 0.05
-    threshold: float = 0.83
-    threshold_type: str = "hard"
-    set_resolve: bool = True
-    iterations: int = 4
+    num_blocks: int = setting(4, "blocks a side", low=1)
+    beta: float = setting(0.32, "smoothness of the masks", low=0)
+    gamma: float = setting(1.0, "diversity", low=0)
+    eta: float = setting(0.05, "weight of the prior", low=0)
+    threshold: float = setting(0.83, "threshold of the diversity term", low=0)
+    threshold_type: str = setting("hard", "hard or soft threshold", choices=("hard", "soft"))
+    set_resolve: bool = setting(True, "keep two outputs from using the same images")
+    iterations: int = setting(4, "rounds", low=1)
 
     def __post_init__(self) -> None:
-        for name in ("num_blocks", "iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("beta", "gamma", "eta"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
-        if self.threshold_type not in ("hard", "soft"):
-            raise ValueError(f"threshold_type must be hard or soft, got {self.threshold_type!r}")
+        check(self)
 
 
 def assign(

@@ -1,109 +1,20 @@
-"""What every method shares: the contract of ``draw`` and ``step``, the loss, and the targets."""
+"""What every method shares: the seam ``draw → mix → loss``, the loss itself, and the targets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from types import SimpleNamespace
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .settings import ANY, check, setting, settings_of
 
-@dataclass
-class Step:
-    """What one step of a method returns. The tensors after ``logits`` are for pictures and tests; None where a method
-    has no such thing.
-
-    Attributes:
-        loss: scalar for ``backward()``; a clean pass whose weight gradient counts was added to ``.grad`` already.
-        logits: [B, K] of the (mixed) pass, row i belonging to ``labels[i]`` as image a.
-        targets: [B, K] rows that sum to 1.
-        mixed: [B, C, H, W], what the network was trained on.
-        partner: [B, C, H, W], image b of every pair before it is moved.
-        saliency: ([B, H, W], [B, H, W]) of image a and image b.
-        mask: [B, H, W] weight of image a.
-    """
-
-    loss: Tensor
-    logits: Tensor
-    targets: Tensor | None = None
-    mixed: Tensor | None = None
-    partner: Tensor | None = None
-    saliency: tuple[Tensor, Tensor] | None = None
-    mask: Tensor | None = None
-
-
-@dataclass
-class Method:
-    """A training method. Subclasses are dataclasses whose fields are named like the command-line flags.
-
-    ``draw`` makes every random choice on the host; ``step`` depends on its arguments alone. The loop zeroes gradients
-    before ``step`` and calls ``.loss.backward()`` after.
-    """
-
-    name: ClassVar[str]
-    title: ClassVar[str]  # in tables and pictures
-    recordable: ClassVar[bool] = False  # draws steer ``step`` as tensors alone, so that it can be a CUDA graph
-    num_classes: int
-
-    @classmethod
-    def presets(cls, dataset: str) -> dict[str, Any]:
-        """Settings that ``--method`` sets for ``dataset``; a value the user gives wins over them."""
-        return {}
-
-    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> SimpleNamespace:
-        """Random choices for one batch of ``batch`` images of ``height`` × ``width`` in epoch ``epoch`` (from 0)."""
-        raise NotImplementedError
-
-    def step(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Any) -> Step:
-        """The loss of one batch: ``images`` [B, C, H, W] normalised float32, ``labels`` [B] int64."""
-        raise NotImplementedError
-
-
-@dataclass
-class PartialMixing(Method):
-    """A method that can mix only the last int(B·p) images of a batch, among themselves, and leave the others clean.
-
-    Settings (defaults of the flags; ``mixup_alpha`` None means the preset):
-        mixup_alpha: α of λ ~ Beta(α, α), one λ a batch; 0: always λ = 1, image a alone.
-        prob_mix: p.
-        mix_schedule: "fixed"; "scheduled": p grows linearly until ``mix_scheduled_epoch``; "delayed": 0 before it.
-        mix_scheduled_epoch: that epoch, at least 1.
-    """
-
-    mixup_alpha: float | None = None
-    prob_mix: float = 1.0
-    mix_schedule: str = "fixed"
-    mix_scheduled_epoch: int = 300
-
-    def __post_init__(self) -> None:
-        if self.mixup_alpha is None:
-            self.mixup_alpha = self.presets("")["mixup_alpha"]
-        assert self.mixup_alpha is not None
-        if not self.mixup_alpha >= 0:
-            raise ValueError(f"mixup_alpha must not be negative: {self.mixup_alpha}")
-        if not 0 <= self.prob_mix <= 1:
-            raise ValueError(f"prob_mix must lie in [0, 1]: {self.prob_mix}")
-        if self.mix_schedule not in ("fixed", "scheduled", "delayed"):
-            raise ValueError(f"mix_schedule must be fixed, scheduled or delayed: {self.mix_schedule!r}")
-        if self.mix_scheduled_epoch < 1:
-            raise ValueError(f"mix_scheduled_epoch must be at least 1: {self.mix_scheduled_epoch}")
-
-    def mixed_count(self, batch: int, epoch: int) -> int:
-        """How many images at the end of a batch are mixed in ``epoch`` (from 0)."""
-        share = self.prob_mix
-        if self.mix_schedule == "scheduled":
-            share *= min(1.0, (epoch + 1) / self.mix_scheduled_epoch)
-        elif self.mix_schedule == "delayed" and epoch < self.mix_scheduled_epoch:
-            share = 0.0
-        return int(batch * share)
-
-    def draw_lam(self, rng: np.random.Generator) -> float:
-        """λ, the share of image a."""
-        assert self.mixup_alpha is not None
-        return rng.beta(self.mixup_alpha, self.mixup_alpha) if self.mixup_alpha > 0 else 1.0
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class _BinaryCrossEntropy(torch.autograd.Function):
@@ -135,6 +46,247 @@ def bce_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """
     with torch.autocast(logits.device.type, enabled=False):
         return _BinaryCrossEntropy.apply(torch.softmax(logits.float(), dim=1), targets.float())
+
+
+@dataclass
+class Mixed:
+    """What to train on: mixed images, their targets, and the objective.
+
+    Attributes:
+        images: [B, C, H, W], in the memory format of the batch; None where only activations are mixed.
+        targets: [B, K] rows that sum to 1.
+        share: weight of the mixed loss.
+        clean_loss: scalar float32, the clean pass's part of the objective, its weight included; 0 without one.
+        partner: [B, C, H, W], image b of every pair before it is moved. For pictures, like the next two: None where a
+            method has no such thing.
+        saliency: ([B, H, W], [B, H, W]) of image a and image b.
+        mask: [B, H, W] weight of image a.
+        loss_function: of logits [B, K] and targets [B, K].
+        held: the parameters, and the gradients of ``clean_loss`` in them; None without a clean pass.
+    """
+
+    images: Tensor | None
+    targets: Tensor
+    clean_loss: Tensor
+    share: float = 1.0
+    partner: Tensor | None = None
+    saliency: tuple[Tensor, Tensor] | None = None
+    mask: Tensor | None = None
+    loss_function: Loss = field(repr=False, kw_only=True)
+    held: tuple[Sequence[Tensor], Sequence[Tensor]] | None = field(default=None, repr=False)
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """The whole objective, a scalar: share·L(mixed) + clean_loss.
+
+        Args:
+            logits: [B, K] of ``images``.
+
+        Its ``backward`` also gives the parameters the clean loss's gradients, which were computed by ``mix``.
+        """
+        loss = self.loss_function(logits, self.targets)
+        if self.share != 1:
+            loss = self.share * loss
+        if self.held is None:
+            return loss
+        parameters, gradients = self.held
+        # entered after the forward pass: before it, every parameter's gradient would be ready last, and processes could
+        # not exchange those of one layer while the next is computed
+        return loss + HeldGradients.apply(self.clean_loss, gradients, *parameters)
+
+
+class HeldGradients(torch.autograd.Function):
+    """A value whose gradients in ``parameters`` are known already: backward hands them out, times what arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *arriving: Tensor) -> Any:
+        return None, None, *torch._foreach_mul(ctx.gradients, arriving[0])
+
+
+@dataclass
+class Step:
+    """One batch through mixing and network.
+
+    Attributes:
+        loss: the whole objective, a scalar for ``backward()``.
+        logits: [B, K] of the (mixed) pass, row i belonging to ``labels[i]`` as image a.
+        mixed: what the network was trained on. The published mixed loss is ``(loss − mixed.clean_loss)/mixed.share``.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    mixed: Mixed
+
+    def detached(self) -> Step:
+        """The same numbers without autograd's graph and without held gradients."""
+        return Step(self.loss.detach(), self.logits.detach(), replace(self.mixed, held=None))
+
+
+@dataclass
+class Method:
+    """A training method: ``draw → mix → loss``.
+
+        draws = method.draw(rng, batch=len(images), height=32, width=32)
+        mixed = method.mix(model, images, labels, draws)
+        loss = mixed.loss(model(mixed.images))
+        loss.backward()
+
+    A subclass is a dataclass whose fields are its settings (``mixup.settings.setting``), named like the command-line
+    flags. It defines ``draw`` and ``mix``. No method touches ``.grad`` or leaves a module in another mode: a pass runs
+    in the modes the modules are in, unless the method says eval mode, and then each module gets its mode back.
+
+    Attributes:
+        num_classes: K.
+        mean, std: [3], what images were normalised with, for pixels in [0, 1]; needed by methods that look at pixels.
+        loss: of logits [B, K] and target rows [B, K]; the paper's binary cross-entropy, unless another is assigned, as
+            in ``method.loss = torch.nn.functional.cross_entropy``.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]  # in tables and pictures
+    recordable: ClassVar[bool] = False  # draws steer ``mix`` as tensors alone, so that a step can be a CUDA graph
+    loss = staticmethod(bce_loss)
+
+    num_classes: int
+    mean: Sequence[float] | None = field(default=None, kw_only=True)
+    std: Sequence[float] | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def presets(cls, dataset: str) -> dict[str, Any]:
+        """The settings that are not given by the user, for ``dataset``."""
+        return {name: known.preset(dataset) for name, known in settings_of(cls).items() if known.presets}
+
+    def __post_init__(self) -> None:
+        for name, value in self.presets("").items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        check(self)
+        for colour in (self.mean, self.std):
+            if colour is not None and len(colour) != 3:
+                raise ValueError(f"mean and std must have 3 values, one a channel: {colour}")
+        if self.std is not None and not min(self.std) > 0:
+            raise ValueError(f"mean and std: std must be positive: {self.std}")
+
+    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> Any:
+        """Every random choice for a batch of ``batch`` images of ``height`` × ``width`` in epoch ``epoch`` (from 0)."""
+        raise NotImplementedError
+
+    def mix(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Any) -> Mixed:
+        """What to train on.
+
+        Args:
+            model: maps images to logits [B, K]; methods without a saliency pass ignore it.
+            images: [B, C, H, W] normalised float32.
+            labels: [B] int64.
+            draws: of ``draw``, or any object with the same attributes, numbers or tensors.
+        """
+        raise NotImplementedError
+
+    def step(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Any) -> Step:
+        """``mix``, the network's pass over the mixed images, and the loss; arguments as ``mix``."""
+        mixed = self.mix(model, images, labels, draws)
+        logits = model(mixed.images)
+        return Step(mixed.loss(logits), logits, mixed)
+
+    def mixed(self, images: Tensor | None, targets: Tensor, clean: Clean | None = None, **rest: Any) -> Mixed:
+        """A ``Mixed`` with this method's loss and, if there was one, the held gradients of a clean pass."""
+        if clean is None:
+            rest["clean_loss"] = torch.zeros((), device=targets.device)
+        else:
+            rest |= {"clean_loss": clean.loss, "held": (clean.parameters, clean.gradients)}
+        return Mixed(images, targets, loss_function=self.loss, **rest)
+
+    def unmixed(self, images: Tensor, labels: Tensor) -> Mixed:
+        """A batch as it is, with one-hot targets."""
+        return self.mixed(images, one_hot(labels, self.num_classes))
+
+    def colours(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """``mean`` and ``std``; ``ValueError`` where they are not known."""
+        if self.mean is None or self.std is None:
+            raise ValueError(
+                f"{self.title} looks at the pixels of the images: give mean and std, [3] for pixels in [0, 1], e.g. "
+                f'build_method("{self.name}", …, mean=…, std=…); those of ImageNet are (0.485, 0.456, 0.406) and '
+                "(0.229, 0.224, 0.225)"
+            )
+        return tuple(self.mean), tuple(self.std)
+
+
+@dataclass
+class Clean:
+    """A clean pass's part of the objective, a scalar with its weight, and its gradients in ``parameters``."""
+
+    loss: Tensor
+    parameters: Sequence[Tensor] = ()
+    gradients: Sequence[Tensor] = ()
+
+
+@functools.lru_cache
+def channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """One float32 number a channel as [C, 1, 1], copied to the device once."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
+
+
+@dataclass
+class PairDraws:
+    """λ, and which images are mixed.
+
+    Attributes:
+        lam: share of image a, in [0, 1].
+        permutation: [m] integers; of the last m images of the batch, image i is mixed with image ``permutation[i]``.
+    """
+
+    lam: float
+    permutation: NDArray[np.int64]
+
+
+def alpha(value: float, tiny: float | None = None) -> Any:
+    """The setting ``mixup_alpha``, with a method's preset, and one of its own for Tiny-ImageNet-200."""
+    presets = {ANY: value} if tiny is None else {ANY: value, "tiny-imagenet-200": tiny}
+    return setting(None, "λ ~ Beta(alpha, alpha)", low=0, presets=presets)
+
+
+@dataclass
+class PartialMixing(Method):
+    """A method that can mix only the last int(B·p) images of a batch, among themselves, and leave the others clean.
+
+    ``mixup_alpha`` is α of λ ~ Beta(α, α), one λ a batch; with 0, λ is always 1: image a alone.
+    """
+
+    mixup_alpha: float | None = alpha(1.0)
+    prob_mix: float = setting(1.0, "share of each batch that is mixed", low=0, high=1)
+    mix_schedule: str = setting(
+        "fixed", "how that share grows: fixed, scheduled, delayed", choices=("fixed", "scheduled", "delayed")
+    )
+    mix_scheduled_epoch: int = setting(300, "epoch at which it is reached", low=1)
+
+    def mixed_count(self, batch: int, epoch: int) -> int:
+        """How many images at the end of a batch are mixed in ``epoch`` (from 0).
+
+        "scheduled": the share grows linearly until ``mix_scheduled_epoch``; "delayed": it is 0 before that epoch.
+        """
+        share = self.prob_mix
+        if self.mix_schedule == "scheduled":
+            share *= min(1.0, (epoch + 1) / self.mix_scheduled_epoch)
+        elif self.mix_schedule == "delayed" and epoch < self.mix_scheduled_epoch:
+            share = 0.0
+        return int(batch * share)
+
+    def draw_lam(self, rng: np.random.Generator) -> float:
+        """λ, the share of image a."""
+        assert self.mixup_alpha is not None
+        return rng.beta(self.mixup_alpha, self.mixup_alpha) if self.mixup_alpha > 0 else 1.0
+
+    def draw_permutation(self, rng: np.random.Generator, batch: int, epoch: int) -> NDArray[np.int64]:
+        """A permutation of the images that are mixed."""
+        return rng.permutation(self.mixed_count(batch, epoch))
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
@@ -171,6 +323,13 @@ def partner_index(permutation: Any, batch: int, device: torch.device) -> Tensor:
     if clean < 0:
         raise ValueError(f"a permutation of {len(index)} does not fit a batch of {batch}")
     return torch.cat([torch.arange(clean, device=device), index + clean]) if clean else index
+
+
+def laid_out_as(mixed: Tensor, images: Tensor) -> Tensor:
+    """``mixed`` [B, C, H, W] in the memory format of ``images``."""
+    if images.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last):
+        return mixed.contiguous()
+    return mixed.contiguous(memory_format=torch.channels_last)
 
 
 def partners(images: Tensor, permutation: Any) -> Tensor:

@@ -8,7 +8,6 @@ An image is cut into G = g×g cells. Which image each cell of each output is tak
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,10 +16,10 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from .assignment import AssignSettings, sources
-from .base import PartialMixing, Step, bce_loss, one_hot
-from .saliency import input_gradient, ones_where_zero, root_mean_square
-from .vanilla import Vanilla
+from .assignment import AssignSettings, AssignValues, sources
+from .base import Mixed, PartialMixing, alpha, laid_out_as, one_hot
+from .saliency import clean_weight, cross_entropy_pass, ones_where_zero, root_mean_square
+from .settings import ANY, passed_on, setting, stands_for
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -119,56 +118,58 @@ def _enlarge(cells: Tensor, height: int, width: int) -> Tensor:
 
 
 @dataclass
-class CoMixup(PartialMixing):
-    """Co-Mixup as a training method: a saliency pass in train mode, then a pass over the mixed images.
+class CoMixupDraws:
+    """Blocks a side, and what each part of the batch starts from.
 
-    Settings (defaults of the flags; see also ``PartialMixing``):
+    Attributes:
+        num_blocks: g.
+        prior: [m] shares of the last m images, which sum to 1 in each part.
+        initial_labels: [m, g, g] integers, which count from 0 in each part.
+    """
+
+    num_blocks: int
+    prior: NDArray[np.float64]
+    initial_labels: NDArray[np.int64]
+
+
+@dataclass
+class CoMixup(PartialMixing):
+    """Co-Mixup as a training method: a saliency pass, then a pass over the mixed images.
+
+    Settings beside those of ``PartialMixing``; see also ``mixup.assignment.AssignValues``:
         mixup_alpha: of the symmetric Dirichlet draws, one a part; above 0.
-        clean_lam: the weight gradient of 2·clean_lam·(mean cross-entropy)/K of the saliency pass is kept.
+        clean_lam: 2·clean_lam·(mean cross-entropy)/K of the saliency pass is part of the objective.
         m_block_num: cells a side; −1: 2, 4, 8 or 16 at random, of those that divide the image.
         m_part: images that are mixed among themselves, consecutive ones; the last part may be smaller.
-        m_beta, m_gamma, m_eta, m_thres, m_thres_type, set_resolve, m_niter: beta, gamma, eta, threshold,
-            threshold_type, set_resolve and iterations of ``co_mix``.
         m_omega: omega of ``compatibility``.
     """
 
     name = "comix"
     title = "Co-Mixup"
-    clean_lam: float = 0.0
-    m_block_num: int = 4
-    m_part: int = 20
-    m_beta: float = 0.32
-    m_gamma: float = 1.0
-    m_thres: float = 0.83
-    m_thres_type: str = "hard"
-    m_eta: float = 0.05
-    m_omega: float = 0.001
-    set_resolve: bool = True
-    m_niter: int = 4
-
-    @classmethod
-    def presets(cls, dataset: str) -> dict[str, Any]:
-        """α = 2, and the clean loss kept, everywhere."""
-        return {"mixup_alpha": 2.0, "clean_lam": 1.0}
+    mixup_alpha: float | None = alpha(2.0)
+    clean_lam: float = clean_weight(presets={ANY: 1.0})
+    m_block_num: int = setting(4, "blocks a side; -1: 2, 4, 8 or 16 at random", low=1, besides=-1)
+    m_part: int = setting(20, "images that are mixed among themselves", low=1)
+    m_beta: float = stands_for(AssignValues, "beta")
+    m_gamma: float = stands_for(AssignValues, "gamma")
+    m_thres: float = stands_for(AssignValues, "threshold")
+    m_thres_type: str = stands_for(AssignValues, "threshold_type")
+    m_eta: float = stands_for(AssignValues, "eta")
+    m_omega: float = setting(0.001, "weight of the compatibility of distant saliency", low=0, high=1)
+    set_resolve: bool = stands_for(AssignValues, "set_resolve")
+    m_niter: int = stands_for(AssignValues, "iterations")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mixup_alpha == 0:
-            raise ValueError("mixup_alpha must be positive: 0")
-        if self.m_block_num != -1 and self.m_block_num < 1:
-            raise ValueError(f"m_block_num must be positive, or -1 for a random one: {self.m_block_num}")
-        if self.m_thres_type not in ("hard", "soft"):
-            raise ValueError(f"m_thres_type must be hard or soft: {self.m_thres_type!r}")
-        for name in ("m_part", "m_niter"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1: {getattr(self, name)}")
-        for name in ("clean_lam", "m_beta", "m_gamma", "m_eta", "m_omega"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
+            raise ValueError("mixup_alpha 0 is out of range: must be above 0")
 
-    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> SimpleNamespace:
-        """``num_blocks`` g, and part after part of the last m images: ``prior`` [m], which sums to 1 in each part, and
-        ``initial_labels`` [m, g, g], which count from 0 in each part."""
+    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> CoMixupDraws:
+        """Blocks a side, and priors and initial labels part after part.
+
+        Raises:
+            ValueError: blocks that do not divide the image.
+        """
         assert self.mixup_alpha is not None
         fitting = [g for g in (2, 4, 8, 16) if height % g == 0 and width % g == 0]
         if self.m_block_num == -1 and not fitting:
@@ -178,51 +179,43 @@ class CoMixup(PartialMixing):
             raise ValueError(f"m_block_num {g} does not divide an image of {height}×{width}")
         count = self.mixed_count(batch, epoch)
         sizes = [min(self.m_part, count - start) for start in range(0, count, self.m_part)]
-        return SimpleNamespace(
-            num_blocks=g,
-            prior=np.concatenate([rng.dirichlet(np.full(n, self.mixup_alpha)) for n in sizes] or [np.zeros(0)]),
-            initial_labels=np.concatenate(
-                [rng.integers(n, size=(n, g, g)) for n in sizes] or [np.zeros((0, g, g), int)]
-            ),
+        prior = [rng.dirichlet(np.full(n, self.mixup_alpha)) for n in sizes]
+        labels = [rng.integers(n, size=(n, g, g)) for n in sizes]
+        return CoMixupDraws(
+            g, np.concatenate(prior or [np.zeros(0)]), np.concatenate(labels or [np.zeros((0, g, g), int)])
         )
 
-    def step(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Any) -> Step:
-        """Loss of the mixed ``images`` [B, C, H, W], ``labels`` [B].
+    def mix(self, model: nn.Module, images: Tensor, labels: Tensor, draws: CoMixupDraws) -> Mixed:
+        """Mixed ``images`` [B, C, H, W] and ``labels`` [B].
 
-        With clean_lam > 0 the saliency pass has added its weight gradient to the parameters' ``.grad`` when this
-        returns. Leaves the network in train mode.
+        Raises:
+            ValueError: draws that do not fit the batch, blocks that do not divide the image.
+            NoSolver: no grid cut solver is installed.
         """
         count = len(draws.prior)
         clean = len(images) - count
         if clean < 0:
             raise ValueError(f"draws for {count} images do not fit a batch of {len(images)}")
         if count == 0:
-            return Vanilla(self.num_classes).step(model, images, labels)
-        keep = self.clean_lam > 0
-        scale = 2 * self.clean_lam / self.num_classes if keep else 1.0
-        model.train()
-        gradient, _ = input_gradient(
-            model, images[clean:], lambda logits: scale * F.cross_entropy(logits.float(), labels[clean:]), float(keep)
-        )
+            return self.unmixed(images, labels)
+        weight = 2 * self.clean_lam / self.num_classes
+        gradient, clean_pass = cross_entropy_pass(model, images[clean:], labels[clean:], weight, eval_mode=False)
         with torch.no_grad():
             targets = one_hot(labels, self.num_classes)
             saliency = ones_where_zero(root_mean_square(gradient))
             first, second = self._assign(saliency, draws)
             mixed, soft = _blend(images[clean:], targets[clean:], first, second)
-            mixed, targets = torch.cat((images[:clean], mixed)), torch.cat((targets[:clean], soft))
             own = torch.arange(count, device=images.device)[:, None, None]
             mask = _enlarge(((first == own).float() + (second == own)) / 2, *images.shape[2:])
-        logits = model(mixed)
-        front = (0, 0, 0, 0, clean, 0)
-        saliency = F.pad(saliency, front)
-        return Step(
-            loss=bce_loss(logits, targets),
-            logits=logits,
-            targets=targets,
-            mixed=mixed,
-            saliency=(saliency, saliency),  # an output has more than one image b, and none has a map of its own
-            mask=F.pad(mask, front, value=1.0),
-        )
+            front = (0, 0, 0, 0, clean, 0)
+            saliency = F.pad(saliency, front)
+            return self.mixed(
+                laid_out_as(torch.cat((images[:clean], mixed)), images),
+                torch.cat((targets[:clean], soft)),
+                clean_pass,
+                saliency=(saliency, saliency),  # an output has more than one image b, and none has a map of its own
+                mask=F.pad(mask, front, value=1.0),
+            )
 
     def _assign(self, saliency: Tensor, draws: Any) -> tuple[Tensor, Tensor]:
         """Two images [m, g, g] for each cell, as indices into the m mixed images with these maps [m, H, W]."""
@@ -242,13 +235,7 @@ class CoMixup(PartialMixing):
                 initial_labels=labels,
                 compatibility=compatibility(maps, self.m_omega),
                 num_blocks=draws.num_blocks,
-                beta=self.m_beta,
-                gamma=self.m_gamma,
-                eta=self.m_eta,
-                threshold=self.m_thres,
-                threshold_type=self.m_thres_type,
-                set_resolve=self.set_resolve,
-                iterations=self.m_niter,
+                **passed_on(self),
             )
             indices.append([start + _batch_index(x, n, saliency.device) for x in halves])
         first, second = (torch.cat(x) for x in zip(*indices, strict=True))

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .base import PartialMixing, Step, bce_loss, mixed_targets, partner_index, partners
+from .base import Mixed, PairDraws, PartialMixing, alpha, mixed_targets, partner_index, partners
 
 
 def cut_box(height: int, width: int, lam: float, row: float, col: float) -> tuple[int, int, int, int]:
@@ -67,39 +66,37 @@ def paste_box(images: Tensor, permutation: Any, box: tuple[Any, Any, Any, Any]) 
 
 
 @dataclass
+class BoxDraws(PairDraws):
+    """``PairDraws``, and the centre of the box in pixels: ``row`` in [0, H), ``col`` in [0, W)."""
+
+    row: float
+    col: float
+
+
+@dataclass
 class CutMix(PartialMixing):
     """CutMix as a training method, applied to every batch; settings as in ``PartialMixing``."""
 
     name = "cutmix"
     title = "CutMix"
+    mixup_alpha: float | None = alpha(1.0, tiny=0.2)
 
-    @classmethod
-    def presets(cls, dataset: str) -> dict[str, Any]:
-        """α = 0.2 for Tiny-ImageNet-200, else 1."""
-        return {"mixup_alpha": 0.2 if dataset == "tiny-imagenet-200" else 1.0}
+    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> BoxDraws:
+        """λ, a permutation of the last m images, and the centre of the box."""
+        lam, permutation = self.draw_lam(rng), self.draw_permutation(rng, batch, epoch)
+        return BoxDraws(lam, permutation, row=rng.uniform(0, height), col=rng.uniform(0, width))
 
-    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> SimpleNamespace:
-        """``lam``, ``permutation`` [m] of the last m images, and the centre ``row``, ``col`` of the box."""
-        return SimpleNamespace(
-            lam=self.draw_lam(rng),
-            permutation=rng.permutation(self.mixed_count(batch, epoch)),
-            row=rng.uniform(0, height),
-            col=rng.uniform(0, width),
-        )
-
-    def step(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Any) -> Step:
-        """Loss of the mixed ``images`` [B, C, H, W], ``labels`` [B]."""
+    def mix(self, model: nn.Module, images: Tensor, labels: Tensor, draws: BoxDraws) -> Mixed:
+        """Mixed ``images`` [B, C, H, W] and ``labels`` [B]; ``model`` is ignored."""
+        if len(draws.permutation) == 0:
+            return self.unmixed(images, labels)
         permutation = partner_index(draws.permutation, len(images), images.device)
         height, width = images.shape[2:]
         box = cut_box(height, width, float(draws.lam), float(draws.row), float(draws.col))
         mixed, ratio, mask = paste_box(images, permutation, box)
-        targets = mixed_targets(labels, permutation, ratio, self.num_classes)
-        logits = model(mixed)
-        return Step(
-            loss=bce_loss(logits, targets),
-            logits=logits,
-            targets=targets,
-            mixed=mixed,
+        return self.mixed(
+            mixed,
+            mixed_targets(labels, permutation, ratio, self.num_classes),
             partner=images[permutation],
             mask=mask.expand(images[:, 0].shape),
         )

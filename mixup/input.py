@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .base import PartialMixing, Step, as_share, bce_loss, mixed_targets, partner_index, partners
+from .base import Mixed, PairDraws, PartialMixing, alpha, as_share, mixed_targets, partner_index, partners
 
 
 def mix_images(images: Tensor, permutation: Any, lam: Any) -> Tensor:
@@ -37,28 +36,21 @@ class InputMixup(PartialMixing):
     name = "input"
     title = "Mixup"
     recordable = True
+    mixup_alpha: float | None = alpha(1.0, tiny=0.2)
 
-    @classmethod
-    def presets(cls, dataset: str) -> dict[str, Any]:
-        """α = 0.2 for Tiny-ImageNet-200, else 1."""
-        return {"mixup_alpha": 0.2 if dataset == "tiny-imagenet-200" else 1.0}
+    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> PairDraws:
+        """λ, and a permutation of the last m images."""
+        return PairDraws(self.draw_lam(rng), self.draw_permutation(rng, batch, epoch))
 
-    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> SimpleNamespace:
-        """``lam`` and ``permutation`` [m] of the last m images."""
-        return SimpleNamespace(lam=self.draw_lam(rng), permutation=rng.permutation(self.mixed_count(batch, epoch)))
-
-    def step(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Any) -> Step:
-        """Loss of the mixed ``images`` [B, C, H, W], ``labels`` [B]."""
+    def mix(self, model: nn.Module, images: Tensor, labels: Tensor, draws: PairDraws) -> Mixed:
+        """Mixed ``images`` [B, C, H, W] and ``labels`` [B]; ``model`` is ignored."""
+        if len(draws.permutation) == 0:
+            return self.unmixed(images, labels)
         permutation = partner_index(draws.permutation, len(images), images.device)
         lam = as_share(draws.lam, images.device)
-        mixed = mix_images(images, permutation, lam)
-        targets = mixed_targets(labels, permutation, lam, self.num_classes)
-        logits = model(mixed)
-        return Step(
-            loss=bce_loss(logits, targets),
-            logits=logits,
-            targets=targets,
-            mixed=mixed,
+        return self.mixed(
+            mix_images(images, permutation, lam),
+            mixed_targets(labels, permutation, lam, self.num_classes),
             partner=images[permutation],
             mask=lam.reshape(1, 1, 1).expand(images[:, 0].shape),
         )

@@ -9,21 +9,20 @@ and neighbouring blocks fit together. Then both images' blocks move to where the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .base import PartialMixing, Step, as_index, bce_loss, mixed_targets, partner_index
+from .base import Mixed, PairDraws, PartialMixing, alpha, as_index, channels, laid_out_as, mixed_targets, partner_index
 from .gridcut import swap
-from .saliency import input_gradient, ones_where_zero, root_mean_square
+from .saliency import clean_weight, cross_entropy_pass, ones_where_zero, root_mean_square
+from .settings import check, setting
 from .transport import move_blocks, transport_plan
-from .vanilla import Vanilla
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -44,7 +43,7 @@ class MaskSettings(TypedDict, total=False):
     t_size: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class MaskValues:
     """All of ``MaskSettings``, checked; the defaults are the paper's for CIFAR.
 
@@ -59,28 +58,20 @@ class MaskValues:
         ValueError: a value out of range.
     """
 
-    n_labels: int = 3
-    beta: float = 1.2
-    gamma: float = 0.5
-    eta: float = 0.2
-    neigh_size: int = 4
-    transport: bool = True
-    t_eps: float = 0.8
-    t_size: int = 4
+    n_labels: int = setting(3, "mask values", low=2, high=256)
+    beta: float = setting(1.2, "smoothness of the mask", low=0)
+    gamma: float = setting(0.5, "smoothness of the mixed image", low=0)
+    eta: float = setting(0.2, "weight of the prior", low=0)
+    neigh_size: int = setting(4, "pooling of neighbour distances, in pixels", low=1)
+    transport: bool = setting(True, "move blocks")
+    t_eps: float = setting(0.8, "cost of moving a block", low=0)
+    t_size: int = setting(
+        4, "side of the blocks that move, in pixels; -1: the mask's blocks", low=1, besides=-1,
+        presets={"tiny-imagenet-200": -1}, flag_default=-1,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.n_labels < 2:
-            raise ValueError(f"n_labels must be at least 2, got {self.n_labels}")
-        for name in ("beta", "gamma", "eta", "t_eps"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
-        if self.neigh_size < 1:
-            raise ValueError(f"neigh_size {self.neigh_size} must be at least 1")
-        if self.t_size < 1 and self.t_size != -1:
-            raise ValueError(f"t_size {self.t_size} must be at least 1, or −1")
-
-
-MASK_SETTINGS = tuple(MaskSettings.__annotations__)
+        check(self)
 
 
 class Sizes(NamedTuple):
@@ -135,9 +126,9 @@ def puzzle_mix(
         ValueError: wrong shape or setting, or a size that does not divide the image.
         NoSolver: no grid cut solver is installed.
     """
-    permutation = as_index(permutation, images.device)
-    mask = block_mask(images, saliency, permutation, lam, num_blocks, mean, std, **settings)
-    return _blend(images, images[permutation], saliency, permutation, mask, MaskValues(**settings))
+    permutation, values = as_index(permutation, images.device), MaskValues(**settings)
+    mask = _mask(images, saliency, permutation, lam, num_blocks, mean, std, values)
+    return _blend(images, images[permutation], saliency, permutation, mask, values)
 
 
 def _blend(
@@ -175,7 +166,21 @@ def block_mask(
 
     Only the block energies leave the device, and labels come back.
     """
-    permutation, lam = as_index(permutation, images.device), float(lam)
+    permutation = as_index(permutation, images.device)
+    return _mask(images, saliency, permutation, lam, num_blocks, mean, std, MaskValues(**settings))
+
+
+def _mask(
+    images: Tensor,
+    saliency: Tensor,
+    permutation: Tensor,
+    lam: float,
+    num_blocks: int,
+    mean: Any,
+    std: Any,
+    values: MaskValues,
+) -> Tensor:
+    """``block_mask``, its settings in one object."""
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"images must be [B, C, H, W] with B ≥ 1, got {tuple(images.shape)}")
     batch, _, height, width = images.shape
@@ -185,7 +190,7 @@ def block_mask(
         raise ValueError(f"permutation must be ({batch},), got {tuple(permutation.shape)}")
     if not 0 <= lam <= 1:
         raise ValueError(f"lam must lie in [0, 1], got {lam}")
-    values = MaskValues(**settings)
+    lam = float(lam)
     sizes = block_sizes(height, width, num_blocks, values.neigh_size, values.t_size if values.transport else -1)
     n, scale, n_labels = num_blocks, 1000 * num_blocks**2, values.n_labels
     beta = values.beta / n / 16
@@ -193,7 +198,7 @@ def block_mask(
     unary_a = _unary(saliency, sizes.block)
     unary_b = unary_a[permutation]
     weights = []
-    mean, std = (torch.as_tensor(x, dtype=images.dtype, device=images.device).reshape(1, -1, 1, 1) for x in (mean, std))
+    mean, std = (_channels(x, images) for x in (mean, std))
     pixels = F.avg_pool2d(images * std + mean, sizes.pixel)
     for axis in (1, 2):
         # the pixels on both sides of every edge between blocks, along the axis
@@ -233,6 +238,13 @@ def block_mask(
     return 1 - torch.from_numpy(labels).to(images.device, non_blocking=True).to(images.dtype) / (n_labels - 1)
 
 
+def _channels(values: Any, images: Tensor) -> Tensor:
+    """A number a channel, in the type and on the device of ``images``, as [C, 1, 1]."""
+    if isinstance(values, (Tensor, np.ndarray)):
+        return torch.as_tensor(values, dtype=images.dtype, device=images.device).reshape(-1, 1, 1)
+    return channels(tuple(values), images.device).to(images.dtype)
+
+
 def _unary(saliency: Tensor, size: tuple[int, int]) -> Tensor:
     """Saliency [B, H, W] averaged over blocks of ``size``, each map divided by its sum."""
     pooled = ones_where_zero(F.avg_pool2d(saliency[:, None], size)[:, 0])
@@ -249,67 +261,48 @@ def _binomial(lam: float, trials: int) -> list[float]:
 
 
 @dataclass
-class PuzzleMix(PartialMixing):
+class PuzzleDraws(PairDraws):
+    """``PairDraws``, the number of blocks a side, and with ``adv_p`` > 0 the adversarial perturbations.
+
+    Attributes:
+        num_blocks: one that divides the image.
+        perturbed: whether image a and image b of the batch's pairs are.
+        noise: [m, 3, H, W] in ±1, where they start; in units of adv_eps.
+        strength: how much of the perturbation is used, in [0, 1].
+    """
+
+    num_blocks: int
+    perturbed: Any = None
+    noise: NDArray[np.float32] | None = None
+    strength: float = 1.0
+
+
+@dataclass
+class PuzzleMix(MaskValues, PartialMixing):
     """Puzzle Mix as a training method: a pass whose input gradient is the saliency, then a pass over the mixed images.
 
-    Settings (defaults of the flags; ``mixup_alpha`` None means the preset) beside those of ``PartialMixing``:
-        n_labels, beta, gamma, eta, neigh_size, transport, t_eps, t_size: see ``puzzle_mix``.
-        clean_lam: 0: saliency of the network in eval mode, and its weight gradient is dropped. Above 0: in train mode,
-            and the weight gradient of 2·clean_lam·(mean cross-entropy)/K is kept.
+    Settings beside those of ``PartialMixing`` and ``MaskValues``:
+        clean_lam: 0: saliency of the network in eval mode. Above 0: in the modes its modules are in, and
+            2·clean_lam·(mean cross-entropy)/K of that pass is part of the objective.
         adv_p: probability, for image a and for image b of a batch each, of an adversarial perturbation before mixing.
             The mask and the transport are those of the images without it.
         adv_eps: size of that perturbation, of 255.
-        mean, std: [3] of 1, what the images are normalised with.
 
-    Only the images that are mixed have a saliency pass.
+    Needs ``mean`` and ``std``. Only the images that are mixed have a saliency pass.
     """
 
     name = "puzzle"
     title = "Puzzle Mix"
-    n_labels: int = 3
-    beta: float = 1.2
-    gamma: float = 0.5
-    eta: float = 0.2
-    neigh_size: int = 4
-    transport: bool = True
-    t_eps: float = 0.8
-    t_size: int = -1
-    clean_lam: float = 0.0
-    adv_p: float = 0.0
-    adv_eps: float = 10.0
-    mean: Sequence[float] = field(kw_only=True)
-    std: Sequence[float] = field(kw_only=True)
-
-    @classmethod
-    def presets(cls, dataset: str) -> dict[str, Any]:
-        """The paper's; Tiny-ImageNet-200 moves whole mask blocks and keeps the clean loss."""
-        common = {"mixup_alpha": 1.0, "n_labels": 3, "beta": 1.2, "gamma": 0.5, "eta": 0.2}
-        common |= {"neigh_size": 4, "transport": True, "t_eps": 0.8}
-        if dataset == "tiny-imagenet-200":
-            return common | {"t_size": -1, "clean_lam": 1.0}
-        return common | {"t_size": 4, "clean_lam": 0.0}
+    mixup_alpha: float | None = alpha(1.0)
+    clean_lam: float = clean_weight(presets={"tiny-imagenet-200": 1.0})
+    adv_p: float = setting(0.0, "probability of the adversarial perturbation", low=0, high=1)
+    adv_eps: float = setting(10.0, "size of the adversarial perturbation, of 255", low=0)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_labels < 2:
-            raise ValueError(f"n_labels must be at least 2: {self.n_labels}")
-        for name in ("beta", "gamma", "eta", "t_eps", "clean_lam", "adv_eps"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
-        if not 0 <= self.adv_p <= 1:
-            raise ValueError(f"adv_p must lie in [0, 1]: {self.adv_p}")
-        if self.neigh_size < 1:
-            raise ValueError(f"neigh_size must be at least 1: {self.neigh_size}")
-        if self.t_size < 1 and self.t_size != -1:
-            raise ValueError(f"t_size must be at least 1, or -1: {self.t_size}")
-        if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
-            raise ValueError(f"mean and std must have 3 values, std positive: {self.mean}, {self.std}")
+        PartialMixing.__post_init__(self)
 
-    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> SimpleNamespace:
-        """``lam``, ``permutation`` [m] of the last m images and ``num_blocks``, one that divides the image.
-
-        With ``adv_p`` > 0 also ``perturbed``, whether image a and image b are, and if so ``noise`` [m, 3, H, W]
-        uniform in ±1 and ``strength``, uniform in 0 … 1.
+    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> PuzzleDraws:
+        """λ, a permutation of the last m images, the number of blocks, and the perturbations.
 
         Raises:
             ValueError: none of 2, 4, 8, 16 blocks a side fits the image.
@@ -320,15 +313,12 @@ class PuzzleMix(PartialMixing):
                 f"none of {BLOCK_COUNTS} blocks a side, with neigh_size {self.neigh_size} and t_size {self.t_size}, "
                 f"divides an image of {height}×{width}"
             )
-        draws = SimpleNamespace(
-            lam=self.draw_lam(rng),
-            permutation=rng.permutation(self.mixed_count(batch, epoch)),
-            num_blocks=int(rng.choice(fitting)),
-        )
+        lam, permutation = self.draw_lam(rng), self.draw_permutation(rng, batch, epoch)
+        draws = PuzzleDraws(lam, permutation, num_blocks=int(rng.choice(fitting)))
         if self.adv_p > 0:
             draws.perturbed = rng.random(2) < self.adv_p
-            if draws.perturbed.any():
-                draws.noise = 2 * rng.random((len(draws.permutation), 3, height, width), np.float32) - 1
+            if any(draws.perturbed):
+                draws.noise = 2 * rng.random((len(permutation), 3, height, width), np.float32) - 1
                 draws.strength = rng.random()
         return draws
 
@@ -339,57 +329,63 @@ class PuzzleMix(PartialMixing):
             return False
         return True
 
-    def step(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Any) -> Step:
-        """Loss of the mixed ``images`` [B, 3, H, W], ``labels`` [B]. Leaves the network in train mode.
+    def mix(self, model: nn.Module, images: Tensor, labels: Tensor, draws: PuzzleDraws) -> Mixed:
+        """Mixed ``images`` [B, 3, H, W] and ``labels`` [B].
 
-        With ``clean_lam`` > 0 the saliency pass has added its weight gradient to the parameters' ``.grad``.
+        Raises:
+            ValueError: mean and std are not known, or the blocks do not fit the image.
+            NoSolver: no grid cut solver is installed.
         """
-        permutation = partner_index(draws.permutation, len(images), images.device)
         clean = len(images) - len(draws.permutation)
         if clean == len(images):
-            return Vanilla(self.num_classes).step(model, images, labels)
+            return self.unmixed(images, labels)
+        permutation = partner_index(draws.permutation, len(images), images.device)
         part, partner = images[clean:], permutation[clean:] - clean
-        mean, std = (torch.as_tensor(x, device=images.device)[:, None, None] for x in (self.mean, self.std))
-        perturbed = self.adv_p > 0 and any(draws.perturbed)
-        reach = self.adv_eps / 255
-        probe = part
-        if perturbed:
-            pixels = part * std + mean
-            noise = torch.as_tensor(draws.noise, dtype=torch.float32).to(images.device) * reach
-            noise = (pixels + noise).clamp(0, 1) - pixels
-            probe = part + noise / std
-
-        keep = self.clean_lam > 0
-        scale = 2 * self.clean_lam / self.num_classes if keep else 1.0
-        model.train(keep)
-        gradient, _ = input_gradient(
-            model, probe, lambda logits: scale * F.cross_entropy(logits.float(), labels[clean:]), float(keep)
+        perturbed = getattr(draws, "perturbed", None)
+        attack = Attack(self, part, draws) if perturbed is not None and any(perturbed) else None
+        gradient, clean_pass = cross_entropy_pass(
+            model,
+            attack.start if attack else part,
+            labels[clean:],
+            weight=2 * self.clean_lam / self.num_classes,
+            eval_mode=self.clean_lam == 0,
         )
-        model.train()
-
         with torch.no_grad():
             saliency = ones_where_zero(root_mean_square(gradient))
-            settings: Any = {name: getattr(self, name) for name in MASK_SETTINGS}
-            mask = block_mask(
-                part, saliency, partner, draws.lam, int(draws.num_blocks), self.mean, self.std, **settings
-            )
-            a, b = part, part[partner]
-            if perturbed:
-                noise = (noise + (self.adv_eps + 2) / 255 * gradient.sign()).clamp(-reach, reach)
-                noise = float(draws.strength) * noise / std
-                a = a + noise * float(draws.perturbed[0])
-                b = b + noise[partner] * float(draws.perturbed[1])
-            mixed, ratio = _blend(a, b, saliency, partner, mask, MaskValues(**settings))
-            mixed = torch.cat((images[:clean], mixed))
+            mask = _mask(part, saliency, partner, float(draws.lam), int(draws.num_blocks), *self.colours(), self)
+            a, b = attack.images(gradient, partner, perturbed) if attack else (part, part[partner])
+            mixed, ratio = _blend(a, b, saliency, partner, mask, self)
             targets = mixed_targets(labels, permutation, F.pad(ratio, (clean, 0), value=1.0), self.num_classes)
-        logits = model(mixed)
-        front = (0, 0, 0, 0, clean, 0)
-        return Step(
-            loss=bce_loss(logits, targets),
-            logits=logits,
-            targets=targets,
-            mixed=mixed,
-            partner=images[permutation],
-            saliency=(F.pad(saliency, front), F.pad(saliency[partner], front)),
-            mask=F.pad(_enlarge(mask, *images.shape[2:]), front, value=1.0),
-        )
+            front = (0, 0, 0, 0, clean, 0)
+            return self.mixed(
+                laid_out_as(torch.cat((images[:clean], mixed)), images),
+                targets,
+                clean_pass,
+                partner=images[permutation],
+                saliency=(F.pad(saliency, front), F.pad(saliency[partner], front)),
+                mask=F.pad(_enlarge(mask, *images.shape[2:]), front, value=1.0),
+            )
+
+
+class Attack:
+    """Adversarial perturbation of images [m, 3, H, W], as PuzzleMix's ``adv_p`` and ``adv_eps`` say.
+
+    ``start``: the images at a random place within ±adv_eps/255, among valid pixels; the gradient is taken there.
+    """
+
+    def __init__(self, method: PuzzleMix, images: Tensor, draws: PuzzleDraws) -> None:
+        self.mean, self.std = (channels(colour, images.device) for colour in method.colours())
+        self.reach, self.push = method.adv_eps / 255, (method.adv_eps + 2) / 255
+        self.given, self.pixels, self.strength = images, images * self.std + self.mean, float(draws.strength)
+        noise = torch.as_tensor(draws.noise, dtype=torch.float32).to(images.device) * self.reach
+        self.noise = (self.pixels + noise).clamp(0, 1) - self.pixels
+        self.start = images + self.noise / self.std
+
+    def images(self, gradient: Tensor, partner: Tensor, perturbed: Any) -> tuple[Tensor, Tensor]:
+        """Images a and b, perturbed where so drawn: a step along the sign of the gradient, clipped to ±adv_eps/255,
+        times the strength, and clipped to valid pixels."""
+        noise = (self.noise + self.push * gradient.sign()).clamp(-self.reach, self.reach) * self.strength
+        attacked = ((self.pixels + noise).clamp(0, 1) - self.mean) / self.std
+        a = attacked if perturbed[0] else self.given
+        b = attacked if perturbed[1] else self.given
+        return a, b[partner]

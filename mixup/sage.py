@@ -1,7 +1,7 @@
 """SAGE: saliency-guided mixup with optimal rearrangements (Ma, Dvornik, Zhang, Pishdad, Derpanis, Fazly; BMVC 2022).
 
 Image b of every pair is moved by the offset at which the two saliency maps, laid over each other, keep most of their
-mass; then the two images are blended pixel by pixel in the proportion of their saliency.
+mass (``mixup.search``); then the two images are blended pixel by pixel in the proportion of their saliency.
 
     >>> a, b = lam * saliency, (1 - lam) * saliency[permutation]  # each map of sum 1 before
     >>> offsets = best_offsets(a, b)
@@ -10,187 +10,20 @@ mass; then the two images are blended pixel by pixel in the proportion of their 
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .base import Method, Step, as_index, bce_loss, mixed_targets, one_hot
-from .saliency import input_gradient, mean_magnitude, ones_where_zero
-
-# 1/x ≈ Σ w·exp(−t·x), fitted so that |error|·min(x, x²) ≤ 2.3e-4 for 0 < x ≤ 30, x being saliency over its RMS
-EXPONENTS = (0.023358, 0.13365, 0.39224, 0.98411, 2.4016, 5.9133, 15.248, 43.622, 148.82, 697.56)
-WEIGHTS = (0.061019, 0.16807, 0.37722, 0.8822, 2.1433, 5.4147, 15.077, 49.063, 200.98, 1262.6)
-LEADERS = 8  # offsets a pair whose exact score is computed after the approximate search
-SHORT_LIST = 256  # up to so many candidates it is cheaper to score each exactly
-SPECTRUM_BYTES = {"cpu": 2 << 20, "cuda": 48 << 20}  # spectra held at a time: what suits the cache; few, large launches
-WINDOW_PIXELS = 1 << 20  # pixels of moved maps held at a time
-
-
-@torch.no_grad()
-def best_offsets(a: Tensor, b: Tensor, candidates: Any = None) -> Tensor:
-    """For every pair the offset of image b at which Σ (A² + B'²)/(A + B') is largest, B' being B moved by the offset.
-
-    All offsets, and long lists, are first scored approximately, by Fourier transforms whose cost grows as
-    H·W·log(H·W), and the leaders again exactly. On saliency of networks the exact score of the result is then the best
-    one's within 1e-6, relative; on maps that are constant but for a percent, with the same mass, within 1e-4.
-
-    Args:
-        a: [B, H, W] saliency of image a with mass λ; not negative.
-        b: [B, H, W] saliency of image b with mass 1 − λ, not yet moved.
-        candidates: [K, 2] integers (dy, dx), |dy| < H, |dx| < W: image b's content moves down by dy and right by dx,
-            and zeros enter. None stands for every offset, in row-major order from (−(H−1), −(W−1)). An array, a list
-            or a tensor; one on the CPU has its range checked.
-
-    Maps narrower than float32 are searched in float32.
-
-    Returns:
-        [B, 2] int64 on a's device; the first in candidate order among equals.
-
-    Raises:
-        ValueError: a wrong shape, or a candidate that leaves no overlap.
-    """
-    _check_pair(a, b)
-    if a.dtype.itemsize < 4:
-        a, b = a.float(), b.float()
-    height, width = a.shape[1:]
-    if candidates is None:
-        return _best_of(a, b, every_offset(height, width, a.device), approximate_scores(a, b))
-    candidates = torch.as_tensor(candidates, dtype=torch.int64)
-    _check_candidates(candidates, height, width)
-    on_device = candidates.to(a.device, non_blocking=True)
-    if len(candidates) > SHORT_LIST:
-        index = (on_device[:, 0] + height - 1) * (2 * width - 1) + on_device[:, 1] + width - 1
-        return _best_of(a, b, on_device, approximate_scores(a, b)[:, index])
-    if a.device.type == "cpu":
-        scores = _list_scores(a, b, candidates.tolist())
-    else:
-        scores = exact_scores(a, b, on_device.expand(len(a), -1, -1))
-    return on_device[scores.argmax(dim=1)]
-
-
-def exact_scores(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """Σ (A² + B'²)/(A + B') as [B, R] for each pair's own ``offsets`` [B, R, 2]."""
-    parts = []
-    for part in offsets.split(max(1, WINDOW_PIXELS // a.numel()), dim=1):
-        moved = _moved(b[:, None], part)[:, 0]
-        total = (a[:, None] + moved).clamp_(min=1e-30)
-        parts.append(moved.square_().add_(a.square()[:, None]).div_(total).sum(dim=(2, 3)))
-    return torch.cat(parts, dim=1)
-
-
-def _list_scores(a: Tensor, b: Tensor, candidates: list[list[int]]) -> Tensor:
-    """Exact scores [B, K] of one list for all pairs, visiting only the pixels that overlap: the fastest on a CPU."""
-    height, width = a.shape[1:]
-    # pairs last, so that a row of the overlap is one piece of memory
-    a, b = a.permute(1, 2, 0).contiguous(), b.permute(1, 2, 0).contiguous()
-    inverse_a, inverse_b = a.reciprocal(), b.reciprocal()
-    scores = []
-    for dy, dx in candidates:
-        above = slice(max(dy, 0), height + min(dy, 0)), slice(max(dx, 0), width + min(dx, 0))
-        below = slice(max(-dy, 0), height + min(-dy, 0)), slice(max(-dx, 0), width + min(-dx, 0))
-        # (a² + b²)/(a + b) = a + b − 2/(1/a + 1/b), also where one or both are 0
-        shared = (inverse_a[above] + inverse_b[below]).reciprocal_()
-        scores.append(b[below].sum(dim=(0, 1)) - 2 * shared.sum(dim=(0, 1)))
-    return (torch.stack(scores) + a.sum(dim=(0, 1))).T
-
-
-def approximate_scores(a: Tensor, b: Tensor) -> Tensor:
-    """Scores [B, (2H−1)(2W−1)] of every offset in row-major order.
-
-    With (a² + b²)/(a + b) = a + b − 2ab/(a + b) and 1/(a + b) as a sum of exponentials, the score of all offsets is
-    the mass in the frame less a sum of cross-correlations, of a·exp(−ta) with b·exp(−tb), which are added up in
-    frequency space. The mass is exact.
-    """
-    height, width = a.shape[1:]
-    rows, columns = 2 * height - 1, 2 * width - 1
-    size = _fast_length(rows), _fast_length(columns)
-    exponents, half_log_weights = _quadrature(a.device, a.dtype)
-    # a correlation is a convolution with the map turned round; its place (0, 0) is then the first offset
-    pair = torch.stack([a, b.flip(1, 2)])
-    rms = pair.square().sum(dim=0).mean(dim=(1, 2), keepdim=True).clamp(min=1e-30).sqrt()
-    pair_bytes = 2 * len(EXPONENTS) * size[0] * (size[1] // 2 + 1) * 2 * a.element_size()
-    part = max(1, SPECTRUM_BYTES["cuda" if a.is_cuda else "cpu"] // pair_bytes)
-    pair = pair / rms
-    shared = []
-    for maps in pair[:, :, None].split(part, dim=1):
-        spectra = torch.fft.rfft2((half_log_weights - exponents * maps).exp_().mul_(maps), s=size)
-        shared.append(torch.fft.irfft2(spectra[0].mul_(spectra[1]).sum(dim=1), s=size)[:, :rows, :columns])
-    gain = _mass_in_frame(pair[1]) - 2 * torch.cat(shared)
-    return (a.sum(dim=(1, 2), keepdim=True) + rms * gain).flatten(1)
-
-
-def _best_of(a: Tensor, b: Tensor, candidates: Tensor, approximate: Tensor) -> Tensor:
-    """The best [B, 2] of ``candidates`` [K, 2] on the device, given their approximate scores [B, K]."""
-    leaders = approximate.topk(min(LEADERS, len(candidates)), dim=1)
-    # where hundreds of offsets tie, the first of them is to win, which need not be among the leaders
-    level = leaders.values[:, :1]
-    first = (approximate >= level - 1e-6 * level).int().argmax(dim=1, keepdim=True)
-    index = torch.cat([leaders.indices, first], dim=1).sort(dim=1).values
-    best = exact_scores(a, b, candidates[index]).argmax(dim=1, keepdim=True)
-    return candidates[index.gather(1, best)[:, 0]]
-
-
-def _mass_in_frame(turned: Tensor) -> Tensor:
-    """[B, 2H−1, 2W−1]: how much of a map stays in the frame at every offset, given the map turned round [B, H, W].
-
-    Values are counted in units of 2⁻³²: sums of integers are exact, and the same on every run and device.
-    """
-    height, width = turned.shape[1:]
-    rows = F.pad((turned * 2.0**32).long(), (0, 0, height, height - 1)).cumsum(1)
-    rows = rows[:, height:] - rows[:, :-height]
-    columns = F.pad(rows, (width, width - 1)).cumsum(2)
-    return (columns[:, :, width:] - columns[:, :, :-width]).to(turned.dtype) * 2.0**-32
-
-
-def every_offset(height: int, width: int, device: torch.device) -> Tensor:
-    """[(2H−1)(2W−1), 2] int64: every (dy, dx) that leaves some overlap, row-major."""
-    return torch.cartesian_prod(
-        torch.arange(1 - height, height, device=device), torch.arange(1 - width, width, device=device)
-    )
-
-
-@functools.lru_cache
-def _quadrature(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Exponents and half the weights' logarithms as [K, 1, 1], copied to the device once."""
-    table = torch.tensor((EXPONENTS, [0.5 * math.log(w) for w in WEIGHTS]), dtype=dtype, device=device)
-    return table[0, :, None, None], table[1, :, None, None]
-
-
-def _fast_length(length: int) -> int:
-    """The next even length without prime factors above 7; transforms of other lengths cost twice as much or more."""
-    while 2**20 * 3**13 * 5**9 * 7**8 % length or length % 2:
-        length += 1
-    return length
-
-
-def _check_candidates(candidates: Tensor, height: int, width: int) -> None:
-    if candidates.ndim != 2 or candidates.shape[1] != 2 or len(candidates) == 0:
-        raise ValueError(f"candidates must be [K, 2] with K ≥ 1, not {tuple(candidates.shape)}")
-    if candidates.device.type == "cpu":  # elsewhere it would wait for the device
-        outside = (candidates.abs() >= torch.tensor((height, width))).any(dim=1)
-        if outside.any():
-            raise ValueError(f"offset {tuple(candidates[outside][0].tolist())} leaves no overlap in {height}×{width}")
-
-
-def _moved(maps: Tensor, offsets: Tensor) -> Tensor:
-    """Content of ``maps`` [B, C, H, W] moved by each of ``offsets`` [B, R, 2], zeros entering: [B, C, R, H, W]."""
-    height, width = maps.shape[2:]
-    rows = torch.arange(height, device=maps.device) - offsets[:, :, :1]
-    columns = torch.arange(width, device=maps.device) - offsets[:, :, 1:]
-    # what lies outside is read from a row and a column of zeros behind the last
-    rows = torch.where((rows >= 0) & (rows < height), rows, height)
-    columns = torch.where((columns >= 0) & (columns < width), columns, width)
-    index = (rows * (width + 1))[:, :, :, None] + columns[:, :, None]
-    source = F.pad(maps, (0, 1, 0, 1)).flatten(2)
-    moved = source.gather(2, index.flatten(1)[:, None].expand(-1, maps.shape[1], -1))
-    return moved.view(*maps.shape[:2], *index.shape[1:])
+from .base import Method, Mixed, alpha, as_index, laid_out_as, mixed_targets, one_hot
+from .saliency import mean_magnitude, ones_where_zero, saliency_pass
+from .search import best_offsets, check_pair, moved
+from .settings import setting
 
 
 def blend(images_a: Tensor, images_b: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +46,7 @@ def blend(images_a: Tensor, images_b: Tensor, a: Tensor, b: Tensor, offsets: Ten
 
 def _blend(images_a: Tensor, images_b: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """``blend``, but with the mask M = A/(A + B') [B, H, W] instead of its mean."""
-    _check_pair(a, b)
+    check_pair(a, b)
     if images_a.ndim != 4 or images_a.shape != images_b.shape or images_a[:, 0].shape != a.shape:
         raise ValueError(
             f"images must be two [B, C, H, W] for saliency {tuple(a.shape)}, "
@@ -221,16 +54,9 @@ def _blend(images_a: Tensor, images_b: Tensor, a: Tensor, b: Tensor, offsets: Te
         )
     if offsets.shape != (len(a), 2):
         raise ValueError(f"offsets must be [{len(a)}, 2], not {tuple(offsets.shape)}")
-    moved = _moved(torch.cat([b[:, None], images_b], dim=1), offsets[:, None])[:, :, 0]
-    mask = a / (a + moved[:, 0]).clamp(min=1e-16)
-    return torch.lerp(moved[:, 1:], images_a, mask[:, None]), mask
-
-
-def _check_pair(a: Tensor, b: Tensor) -> None:
-    if a.ndim != 3 or a.shape != b.shape or a.numel() == 0:
-        raise ValueError(f"a and b must be two [B, H, W] of one shape, not {tuple(a.shape)} and {tuple(b.shape)}")
-    if not a.is_floating_point() or a.dtype != b.dtype:
-        raise ValueError(f"a and b must be of one floating type, not {a.dtype} and {b.dtype}")
+    pair = moved(torch.cat([b[:, None], images_b], dim=1), offsets[:, None])[:, :, 0]
+    mask = a / (a + pair[:, 0]).clamp(min=1e-16)
+    return torch.lerp(pair[:, 1:], images_a, mask[:, None]), mask
 
 
 def gaussian_blur(maps: Tensor, kernel_size: int, sigma: float) -> Tensor:
@@ -244,10 +70,25 @@ def gaussian_blur(maps: Tensor, kernel_size: int, sigma: float) -> Tensor:
 
 
 @dataclass
+class SageDraws:
+    """λ, the pairs, and the offsets that compete.
+
+    Attributes:
+        lam: share of image a's saliency, in [0, 1].
+        permutation: [B]; image i is mixed with image ``permutation[i]``.
+        candidates: [K, 2] distinct offsets (dy, dx), the same for all pairs; None: every offset.
+    """
+
+    lam: float
+    permutation: NDArray[np.int64]
+    candidates: NDArray[np.int64] | None = None
+
+
+@dataclass
 class Sage(Method):
     """SAGE as a training method: a clean pass whose input gradient is the saliency, then a pass over the mixed images.
 
-    Settings (defaults of the flags; ``mixup_alpha`` None means the preset):
+    Settings:
         mixup_alpha: α of λ ~ upper_lambda·Beta(α, α), one λ a batch; 0: always ½·upper_lambda.
         upper_lambda: largest share of image a.
         blur_sigma, kernel_size: Gaussian blur of the saliency, in pixels; the size is odd.
@@ -259,52 +100,36 @@ class Sage(Method):
     name = "sage"
     title = "SAGE"
     recordable = True
-    mixup_alpha: float | None = None
-    blur_sigma: float = 1.0
-    kernel_size: int = 5
-    eval_mode: bool = False
-    rand_pos: float = 0.5
-    update_ratio: float = 1.0
-    upper_lambda: float = 1.0
-
-    @classmethod
-    def presets(cls, dataset: str) -> dict[str, Any]:
-        """α = 1 everywhere."""
-        return {"mixup_alpha": 1.0}
+    mixup_alpha: float | None = alpha(1.0)
+    blur_sigma: float = setting(1.0, "σ of the Gaussian blur of the saliency, in pixels", above=0)
+    kernel_size: int = setting(5, "its width in pixels, odd", low=1)
+    eval_mode: bool = setting(False, "clean pass in evaluation mode")
+    rand_pos: float = setting(0.5, "share of all offsets that are searched; 1 searches every one", above=0, high=1)
+    update_ratio: float = setting(1.0, "share of the mixed loss; the rest is the clean loss", low=0, high=1)
+    upper_lambda: float = setting(1.0, "λ is this times the Beta draw", above=0, high=1)
 
     def __post_init__(self) -> None:
-        if self.mixup_alpha is None:
-            self.mixup_alpha = self.presets("")["mixup_alpha"]
-        assert self.mixup_alpha is not None
-        if self.mixup_alpha < 0:
-            raise ValueError(f"mixup_alpha must not be negative: {self.mixup_alpha}")
-        if not self.blur_sigma > 0:
-            raise ValueError(f"blur_sigma must be positive: {self.blur_sigma}")
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and positive: {self.kernel_size}")
-        for name in ("rand_pos", "update_ratio", "upper_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1]: {getattr(self, name)}")
+        super().__post_init__()
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd: {self.kernel_size}")
 
-    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> SimpleNamespace:
-        """``lam``, ``permutation`` [B] and ``candidates`` [K, 2] of distinct (dy, dx), or None for every offset."""
+    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> SageDraws:
+        """λ, a permutation of the batch, and the candidates."""
         assert self.mixup_alpha is not None
         self._check_size(height, width)
         lam = self.upper_lambda * (rng.beta(self.mixup_alpha, self.mixup_alpha) if self.mixup_alpha > 0 else 0.5)
-        permutation = rng.permutation(batch)
-        candidates = None
+        draws = SageDraws(lam, rng.permutation(batch))
         if self.rand_pos < 1:
             rows, columns = 2 * height - 1, 2 * width - 1
             count = max(1, math.floor(rows * columns * self.rand_pos))
             index = rng.choice(rows * columns, size=count, replace=False)
-            candidates = np.stack([index // columns - (height - 1), index % columns - (width - 1)], axis=1)
-        return SimpleNamespace(lam=lam, permutation=permutation, candidates=candidates)
+            draws.candidates = np.stack([index // columns - (height - 1), index % columns - (width - 1)], axis=1)
+        return draws
 
-    def step(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Any) -> Step:
-        """r·L(mixed) of ``images`` [B, C, H, W], ``labels`` [B].
+    def mix(self, model: nn.Module, images: Tensor, labels: Tensor, draws: SageDraws) -> Mixed:
+        """Mixed ``images`` [B, C, H, W] and ``labels`` [B]; the clean loss weighs 1 − r, the mixed one r.
 
-        The weight gradient of (1 − r)·L(clean) is already in the parameters' ``.grad`` when this returns; with r = 1
-        nothing is. Leaves the network in train mode. ``draws.lam`` may be a number or a tensor of one.
+        ``draws.lam`` may be a number or a tensor of one.
 
         Raises:
             ValueError: images too small for the blur.
@@ -312,9 +137,9 @@ class Sage(Method):
         self._check_size(*images.shape[2:])
         permutation = as_index(draws.permutation, images.device)
         clean = one_hot(labels, self.num_classes)
-        model.train(not self.eval_mode)
-        gradient, _ = input_gradient(model, images, lambda logits: bce_loss(logits, clean), 1 - self.update_ratio)
-        model.train()
+        gradient, clean_pass = saliency_pass(
+            model, images, lambda logits: self.loss(logits, clean), 1 - self.update_ratio, self.eval_mode
+        )
         with torch.no_grad():
             saliency = ones_where_zero(gaussian_blur(mean_magnitude(gradient), self.kernel_size, self.blur_sigma))
             unit = saliency / saliency.sum(dim=(1, 2), keepdim=True)
@@ -323,16 +148,15 @@ class Sage(Method):
             partner = images[permutation]
             mixed, mask = _blend(images, partner, a, b, best_offsets(a, b, draws.candidates))
             targets = mixed_targets(labels, permutation, mask.mean(dim=(1, 2)), self.num_classes)
-        logits = model(mixed)
-        return Step(
-            loss=self.update_ratio * bce_loss(logits, targets),
-            logits=logits,
-            targets=targets,
-            mixed=mixed,
-            partner=partner,
-            saliency=(saliency, saliency[permutation]),
-            mask=mask,
-        )
+            return self.mixed(
+                laid_out_as(mixed, images),
+                targets,
+                clean_pass,
+                share=self.update_ratio,
+                partner=partner,
+                saliency=(saliency, saliency[permutation]),
+                mask=mask,
+            )
 
     def _check_size(self, height: int, width: int) -> None:
         if min(height, width) <= self.kernel_size // 2:

@@ -3,43 +3,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import Clean
+from .settings import setting
+
 SURROUND_RADII = (12, 24, 48, 28, 56, 112)  # of fine-grained saliency, in pixels
 
 
-def input_gradient(
-    model: nn.Module, images: Tensor, loss_of: Callable[[Tensor], Tensor], weight_share: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Gradient of a loss in the input pixels, in one pass.
+def saliency_pass(
+    model: nn.Module, images: Tensor, loss_of: Callable[[Tensor], Tensor], share: float = 0.0, eval_mode: bool = False
+) -> tuple[Tensor, Clean | None]:
+    """One pass whose gradient in the pixels is the saliency, and whose gradients in the parameters may count as well.
 
     Args:
-        model: called in the mode (train or eval) it is in.
-        images: [B, C, H, W] float32.
-        loss_of: maps the logits [B, K] to a scalar loss.
-        weight_share: what part of the loss' weight gradient is added to the parameters' ``.grad``. With 0 the weight
-            gradients are not even computed, but by a compiled network, which knows one backward pass only.
+        model: maps images to logits [B, K]. It runs in the modes its modules are in.
+        images: [B, C, H, W] floating; left as they are.
+        loss_of: maps the logits to a scalar loss.
+        share: weight of that loss in the training objective. With 0 no gradient in the parameters is computed.
+        eval_mode: run in eval mode instead; every module then gets its mode back.
 
     Returns:
-        (gradient [B, C, H, W] of the whole loss, the loss as a detached scalar). ``images`` is left as it was.
+        (gradient [B, C, H, W] of the loss in the pixels; the pass's part of the objective, or None with share 0).
     """
     pixels = images.detach().requires_grad_(True)
-    # under DistributedDataParallel gradients travel once, with the second pass
-    on_its_own = getattr(model, "no_sync", nullcontext)
-    with torch.enable_grad(), on_its_own():
+    parameters = [p for p in model.parameters() if p.requires_grad] if share else []
+    # float16 would lose small gradients; a power of two is taken out again without a rounding error
+    half = torch.is_autocast_enabled(images.device.type) and torch.get_autocast_dtype(images.device.type) == torch.half
+    scale = 2.0**12 if half else 1.0
+    # under DistributedDataParallel gradients are exchanged once, in the backward pass of the whole objective
+    alone = getattr(model, "no_sync", nullcontext)
+    with torch.enable_grad(), alone(), modes_kept(model, eval_mode):
         loss = loss_of(model(pixels))
-        if weight_share == 0:
-            (gradient,) = torch.autograd.grad(loss, pixels)
-        else:
-            (loss * weight_share).backward()
-            assert pixels.grad is not None
-            gradient = pixels.grad / weight_share
-    return gradient, loss.detach()
+        weighted = loss * share if share else loss
+        found = torch.autograd.grad(weighted * scale if half else weighted, [pixels, *parameters], allow_unused=True)
+    in_pixels = torch.zeros_like(pixels) if found[0] is None else found[0]
+    if half or share:
+        in_pixels = in_pixels / (scale * (share or 1.0))
+    if not share:
+        return in_pixels, None
+    used = [(p, g / scale if half else g) for p, g in zip(parameters, found[1:], strict=True) if g is not None]
+    return in_pixels, Clean(weighted.detach().float(), [p for p, _ in used], [g for _, g in used])
+
+
+def clean_weight(presets: dict[str, float]) -> Any:
+    """The setting ``clean_lam`` of Puzzle Mix and Co-Mixup."""
+    return setting(0.0, "weight of the clean loss in the saliency pass", low=0, presets=presets)
+
+
+def cross_entropy_pass(
+    model: nn.Module, images: Tensor, labels: Tensor, weight: float, eval_mode: bool
+) -> tuple[Tensor, Clean | None]:
+    """``saliency_pass`` of Puzzle Mix and Co-Mixup: the loss is the mean cross-entropy, and ``weight`` times that
+    loss is part of the objective."""
+    return saliency_pass(
+        model,
+        images,
+        lambda logits: (weight or 1.0) * F.cross_entropy(logits.float(), labels),
+        share=float(weight > 0),
+        eval_mode=eval_mode,
+    )
+
+
+@contextmanager
+def modes_kept(model: nn.Module, eval_mode: bool) -> Iterator[None]:
+    """The block runs in eval mode, if so asked; then every module's own mode is put back."""
+    modes = [(module, module.training) for module in model.modules()] if eval_mode else []
+    if eval_mode:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def mean_magnitude(gradient: Tensor) -> Tensor:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from .base import Method, Step, bce_loss, one_hot
+from .base import Method, Mixed
+
+
+@dataclass
+class NoDraws:
+    """Nothing is random here."""
 
 
 @dataclass
@@ -20,12 +24,10 @@ class Vanilla(Method):
     title = "Vanilla"
     recordable = True
 
-    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> SimpleNamespace:
-        """Nothing is random here."""
-        return SimpleNamespace()
+    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> NoDraws:
+        """Nothing."""
+        return NoDraws()
 
-    def step(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Any = None) -> Step:
-        """Clean loss of ``images`` [B, C, H, W] and ``labels`` [B]; ``draws`` is ignored."""
-        logits = model(images)
-        targets = one_hot(labels, self.num_classes)
-        return Step(bce_loss(logits, targets), logits, targets=targets, mixed=images)
+    def mix(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Any = None) -> Mixed:
+        """``images`` [B, C, H, W] and ``labels`` [B] as they are; ``model`` and ``draws`` are ignored."""
+        return self.unmixed(images, labels)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .mixing import MIXING_POINTS, through
+
 
 class PreActBlock(nn.Module):
     """Two 3×3 convolutions, each after batch norm and ReLU."""
@@ -72,6 +74,8 @@ class PreActResNet(nn.Module):
         dropout: dropout ½ before the classifier.
     """
 
+    mixing_points = MIXING_POINTS
+
     def __init__(
         self,
         block: type[PreActBlock | PreActBottleneck],
@@ -93,14 +97,12 @@ class PreActResNet(nn.Module):
 
     def forward(self, x: Tensor, mix_at: int | None = None, mix: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """``mix``, if given, is applied at mixing point ``mix_at``: 0 the input, 1 or 2 after that stage."""
-        if mix is not None and mix_at == 0:
-            x = mix(x)
-        x = self.layer1(self.conv1(x))
-        if mix is not None and mix_at == 1:
-            x = mix(x)
-        x = self.layer2(x)
-        if mix is not None and mix_at == 2:
-            x = mix(x)
+        return through((self._stem, self.layer2, self._head), x, mix_at, mix)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return self.layer1(self.conv1(x))
+
+    def _head(self, x: Tensor) -> Tensor:
         x = self.layer4(self.layer3(x))
         return self.linear(self.dropout(x.mean(dim=(2, 3))))
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .mixing import MIXING_POINTS, through
+
 
 class ResNeXtBottleneck(nn.Module):
     """1×1, grouped 3×3 (which carries the stride) and 1×1 convolution to 4·planes channels, each with batch norm."""
@@ -44,6 +46,8 @@ class ResNeXt(nn.Module):
         dropout: dropout ½ before the classifier.
     """
 
+    mixing_points = MIXING_POINTS
+
     def __init__(self, depth: int, cardinality: int, base_width: int, num_classes: int, dropout: bool = False) -> None:
         super().__init__()
 
@@ -69,13 +73,11 @@ class ResNeXt(nn.Module):
 
     def forward(self, x: Tensor, mix_at: int | None = None, mix: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """``mix``, if given, is applied at mixing point ``mix_at``: 0 the input, 1 or 2 after that stage."""
-        if mix is not None and mix_at == 0:
-            x = mix(x)
-        x = self.stage_1(F.relu(self.bn_1(self.conv_1_3x3(x)), inplace=True))
-        if mix is not None and mix_at == 1:
-            x = mix(x)
-        x = self.stage_2(x)
-        if mix is not None and mix_at == 2:
-            x = mix(x)
+        return through((self._stem, self.stage_2, self._head), x, mix_at, mix)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return self.stage_1(F.relu(self.bn_1(self.conv_1_3x3(x)), inplace=True))
+
+    def _head(self, x: Tensor) -> Tensor:
         x = self.stage_3(x)
         return self.classifier(self.dropout(x.mean(dim=(2, 3))))

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .mixing import MIXING_POINTS, through
+
 
 class WideBlock(nn.Module):
     """Two 3×3 convolutions with biases, each after batch norm and ReLU; the second one carries the stride."""
@@ -38,6 +40,8 @@ class WideResNet(nn.Module):
         dropout: dropout ½ before the classifier.
     """
 
+    mixing_points = MIXING_POINTS
+
     def __init__(self, depth: int, widen: int, num_classes: int, stride: int = 1, dropout: bool = False) -> None:
         super().__init__()
         n = (depth - 4) // 6
@@ -51,14 +55,12 @@ class WideResNet(nn.Module):
 
     def forward(self, x: Tensor, mix_at: int | None = None, mix: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """``mix``, if given, is applied at mixing point ``mix_at``: 0 the input, 1 or 2 after that stage."""
-        if mix is not None and mix_at == 0:
-            x = mix(x)
-        x = self.layer1(self.conv1(x))
-        if mix is not None and mix_at == 1:
-            x = mix(x)
-        x = self.layer2(x)
-        if mix is not None and mix_at == 2:
-            x = mix(x)
+        return through((self._stem, self.layer2, self._head), x, mix_at, mix)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return self.layer1(self.conv1(x))
+
+    def _head(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.layer3(x)), inplace=True)
         return self.linear(self.dropout(x.mean(dim=(2, 3))))
 

@@ -47,9 +47,10 @@ from mixup.comix import co_mix, compatibility
 from mixup.cutmix import cut_box, paste_box
 from mixup.input import mix_images
 from mixup.puzzle import BLOCK_COUNTS, puzzle_mix
-from mixup.sage import SHORT_LIST, best_offsets, blend, exact_scores, gaussian_blur
-from mixup.saliency import fine_grained_saliency, input_gradient, mean_magnitude, ones_where_zero, root_mean_square
+from mixup.sage import best_offsets, blend, gaussian_blur
+from mixup.saliency import fine_grained_saliency, mean_magnitude, ones_where_zero, root_mean_square, saliency_pass
 from mixup.saliencymix import peak_box, saliency_peak
+from mixup.search import SHORT_LIST, exact_scores
 from models import ARCHITECTURES, build_model
 from utils import records
 from utils.archive import atomic_write
@@ -262,7 +263,7 @@ def mixing(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     batch, size, rng = args.batch_size, args.image_size, np.random.default_rng(0)
     images, labels = batch_of(batch, size, size, device)
     network = network_of(args, device, False)
-    gradient, _ = input_gradient(network, images, lambda logits: F.cross_entropy(logits, labels))
+    gradient, _ = saliency_pass(network, images, lambda logits: F.cross_entropy(logits, labels))
     sharp = ones_where_zero(root_mean_square(gradient))
     blurred = ones_where_zero(gaussian_blur(mean_magnitude(gradient), 5, 1.0))
     features: list[Tensor] = []

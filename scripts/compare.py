@@ -48,10 +48,10 @@ from mixup.puzzle import block_mask, puzzle_mix
 from mixup.sage import best_offsets, blend, gaussian_blur
 from mixup.saliency import (
     fine_grained_saliency,
-    input_gradient,
     mean_magnitude,
     ones_where_zero,
     root_mean_square,
+    saliency_pass,
 )
 from mixup.saliencymix import peak_box, saliency_peak
 from models import ARCHITECTURES, build_model
@@ -245,9 +245,9 @@ def network_maps(network: nn.Module, state: dict[str, Any], sources: Sources, ar
     def clean(logits: Tensor) -> Tensor:
         return bce_loss(logits, one_hot(labels, classes))
 
-    gradient, _ = input_gradient(network, images, clean)
+    gradient, _ = saliency_pass(network, images, clean)
     blurred = gaussian_blur(mean_magnitude(gradient), 5, 1.0)
-    gradient, _ = input_gradient(network, images, lambda logits: F.cross_entropy(logits, labels))
+    gradient, _ = saliency_pass(network, images, lambda logits: F.cross_entropy(logits, labels))
     blurred, sharp = (
         ones_where_zero(resize(m[:, None], height, width)[:, 0]) for m in (blurred, root_mean_square(gradient))
     )

@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from load_data import Split, test_batches
 from mixup import build_method
 from mixup.base import bce_loss, one_hot
-from mixup.sage import best_offsets, blend, every_offset, exact_scores, gaussian_blur
-from mixup.saliency import input_gradient, mean_magnitude, ones_where_zero
+from mixup.sage import best_offsets, blend, gaussian_blur
+from mixup.saliency import mean_magnitude, ones_where_zero, saliency_pass
+from mixup.search import every_offset, exact_scores
 from utils import checkpoint, options, results
 from utils.archive import atomic_write
 from utils.device import pick_device, prepare, set_precision
@@ -96,7 +97,7 @@ def search_pairs(args: argparse.Namespace) -> tuple[dict[float, Any], dict[float
         if len(images) < BATCH or number_of_batch * BATCH >= args.pairs:
             break
         rows = one_hot(labels, len(data.classes))
-        gradient, _ = input_gradient(model, images, lambda logits, rows=rows: bce_loss(logits, rows))  # type: ignore[misc]
+        gradient, _ = saliency_pass(model, images, lambda logits, rows=rows: bce_loss(logits, rows))  # type: ignore[misc]
         saliency = ones_where_zero(gaussian_blur(mean_magnitude(gradient), sage.kernel_size, sage.blur_sigma))
         unit = saliency / saliency.sum(dim=(1, 2), keepdim=True)
         best = None

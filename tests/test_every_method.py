@@ -144,21 +144,21 @@ def check(step: Step, images: Tensor, labels: Tensor, num_classes: int) -> None:
     assert step.loss.shape == ()
     assert step.loss.isfinite()
     assert step.logits.isfinite().all()
-    assert step.targets is not None
-    assert step.logits.shape == step.targets.shape == (batch, num_classes)
-    assert (step.targets >= 0).all()
-    torch.testing.assert_close(step.targets.sum(dim=1), torch.ones(batch))
-    for mixed in (step.mixed, step.partner):
+    assert step.mixed.targets is not None
+    assert step.logits.shape == step.mixed.targets.shape == (batch, num_classes)
+    assert (step.mixed.targets >= 0).all()
+    torch.testing.assert_close(step.mixed.targets.sum(dim=1), torch.ones(batch))
+    for mixed in (step.mixed.images, step.mixed.partner):
         if mixed is not None:
             assert mixed.shape == images.shape
             assert mixed.isfinite().all()
-    if step.mask is not None:
-        assert step.mask.shape == (batch, height, width)
-        assert ((step.mask >= 0) & (step.mask <= 1)).all()
+    if step.mixed.mask is not None:
+        assert step.mixed.mask.shape == (batch, height, width)
+        assert ((step.mixed.mask >= 0) & (step.mixed.mask <= 1)).all()
         # image a has at least the share in the target that it has in the picture
-        share = step.targets[torch.arange(batch), labels] - step.mask.mean(dim=(1, 2))
+        share = step.mixed.targets[torch.arange(batch), labels] - step.mixed.mask.mean(dim=(1, 2))
         assert (share > -1e-5).all()
-    for saliency in step.saliency or ():
+    for saliency in step.mixed.saliency or ():
         assert saliency.shape == (batch, height, width)
         assert (saliency >= 0).all()
         assert (saliency.sum(dim=(1, 2)) > 0).all()
@@ -250,4 +250,4 @@ def test_small_batches_of_one_colour_and_no_saliency(
         method.step(model, images, labels, method.draw(np.random.default_rng(seed), size, 16, 24)).loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     if flat != "images" and name in NEED_SOLVER:
-        assert all((step.saliency[0] == 1).all() for step in taken if step.saliency)
+        assert all((step.mixed.saliency[0] == 1).all() for step in taken if step.mixed.saliency)

@@ -496,11 +496,19 @@ def test_no_saliency_one_pixel_and_batches_of_one(method: str, pixel: bool, batc
         step = chosen.step(model, torch.randn(batch, 3, 16, 16), torch.arange(batch) % 5, draws)
         step.loss.backward()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        given_back = [step.loss, step.logits, step.targets, step.mixed, step.mask, *(step.saliency or ()), *gradients]
+        given_back = [
+            step.loss,
+            step.logits,
+            step.mixed.targets,
+            step.mixed.images,
+            step.mixed.mask,
+            *(step.mixed.saliency or ()),
+            *gradients,
+        ]
         for value in given_back:
             assert value is None or value.isfinite().all()
-        if step.targets is not None:
-            torch.testing.assert_close(step.targets.sum(dim=1), torch.ones(batch))
+        if step.mixed.targets is not None:
+            torch.testing.assert_close(step.mixed.targets.sum(dim=1), torch.ones(batch))
 
 
 # ----------------------------------------------------------------------------------------------- arguments, checkpoints

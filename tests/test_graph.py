@@ -17,6 +17,7 @@ from models import build_model
 from utils.graph import WARM_UP, Captured, as_tensors
 
 CPU = torch.device("cpu")
+UNMIXED = build_method("vanilla", "cifar10", 2).unmixed(torch.zeros(1, 3, 2, 2), torch.zeros(1, dtype=torch.int64))
 RECORDABLE = [name for name, method in METHODS.items() if method.recordable]
 
 
@@ -76,7 +77,7 @@ def test_a_lasting_change_of_shape_is_recorded_anew() -> None:
         recorded.append(number)
         return imitate(work)
 
-    taken = Captured(lambda images, labels, draws: Step(2 * images.sum(), images), lambda: 0, CPU, record)
+    taken = Captured(lambda images, labels, draws: Step(2 * images.sum(), images, UNMIXED), lambda: 0, CPU, record)
     for number, count in enumerate([6, 6, 6, 4, 6, 6, 4, 6, 5, 5, 5, 6]):
         images = torch.full((count,), float(number))
         assert taken(images, images, SimpleNamespace()).loss == 2 * number * count
@@ -89,7 +90,7 @@ def test_sage_is_recordable() -> None:
 
 def test_where_recording_fails_steps_stay_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
     def take(images: Tensor, labels: Tensor, draws: Any) -> Step:
-        return Step(images.sum(), images)
+        return Step(images.sum(), images, UNMIXED)
 
     def refuse(work: Callable[[], Step]) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixup.base import bce_loss, one_hot
-from mixup.saliency import input_gradient, mean_magnitude, root_mean_square
+from mixup.saliency import mean_magnitude, root_mean_square, saliency_pass
 from models import ARCHITECTURES, build_model
 
 from .common import ENVIRONMENT, ROOT, golden, load_fixed_weights, normalise
@@ -47,7 +47,7 @@ def test_golden(name: str, arch: str) -> None:
 
     load_fixed_weights(model).eval()
     close(model(images), file[f"{arch}/logits_eval"])
-    gradient, _ = input_gradient(model, images, lambda logits: F.cross_entropy(logits, labels))
+    gradient, _ = saliency_pass(model, images, lambda logits: F.cross_entropy(logits, labels))
     near(root_mean_square(gradient), file[f"{arch}/saliency_ce_eval"])
 
     seen = []
@@ -56,9 +56,10 @@ def test_golden(name: str, arch: str) -> None:
         seen.append(logits)
         return bce_loss(logits, one_hot(labels, classes))
 
-    gradient, loss = input_gradient(model.train(), images, loss_of)
+    gradient, clean = saliency_pass(model.train(), images, loss_of, share=1.0)
+    assert clean is not None
     close(seen[0], file[f"{arch}/logits_train"])
-    close(loss, file[f"{arch}/bce_train"])
+    close(clean.loss, file[f"{arch}/bce_train"])
     near(mean_magnitude(gradient), file[f"{arch}/saliency_bce_train"])
 
 

@@ -17,16 +17,12 @@ from torchvision.transforms.functional import gaussian_blur as torchvision_blur
 from mixup import build_method
 from mixup.base import bce_loss, one_hot
 from mixup.sage import (
-    LEADERS,
-    SHORT_LIST,
     Sage,
-    _list_scores,
-    approximate_scores,
     best_offsets,
     blend,
-    exact_scores,
     gaussian_blur,
 )
+from mixup.search import LEADERS, SHORT_LIST, _list_scores, approximate_scores, exact_scores
 from models import build_model
 from tests.common import golden, load_fixed_weights, normalise
 
@@ -140,8 +136,14 @@ def run_golden_step(name: str) -> tuple[dict[str, Any], nn.Module, list[SimpleNa
         step = method.step(model, normalise(case[f"images_u8_{s}"]), torch.from_numpy(case[f"labels_{s}"]), draws)
         step.loss.backward()
         optimiser.step()
-        assert step.mask is not None
-        steps.append(SimpleNamespace(loss=step.loss.item() / ratio, ratio=step.mask.mean(dim=(1, 2)), step=step))
+        assert step.mixed.mask is not None
+        steps.append(
+            SimpleNamespace(
+                loss=(step.loss - step.mixed.clean_loss).item() / ratio,
+                ratio=step.mixed.mask.mean(dim=(1, 2)),
+                step=step,
+            )
+        )
     return case, model, steps
 
 
@@ -163,7 +165,7 @@ def test_golden_steps(
     for s, got in enumerate(steps):
         np.testing.assert_allclose(got.loss, case[f"loss_mixed_{s}"], rtol=loss_tolerance[s])
         np.testing.assert_allclose(got.ratio, case[f"ratio_{s}"], atol=ratio_tolerance[s])
-        np.testing.assert_allclose(got.step.targets, case[f"targets_{s}"], atol=ratio_tolerance[s])
+        np.testing.assert_allclose(got.step.mixed.targets, case[f"targets_{s}"], atol=ratio_tolerance[s])
     for entry, value in model.state_dict().items():
         total, magnitude = case[f"after/{entry}"]
         tolerance = after_convolution if value.ndim == 4 else after
@@ -421,7 +423,7 @@ def test_draw() -> None:
 
 @pytest.mark.parametrize(
     ("rand_pos", "height", "width", "count"),
-    [(0.5, 32, 32, 1984), (0.0, 32, 32, 1), (1e-6, 4, 5, 1), (0.1, 4, 7, 9), (1.0, 8, 8, None)],
+    [(0.5, 32, 32, 1984), (1e-9, 32, 32, 1), (1e-6, 4, 5, 1), (0.1, 4, 7, 9), (1.0, 8, 8, None)],
 )
 def test_number_of_candidates(rand_pos: float, height: int, width: int, count: int | None) -> None:
     candidates = Sage(10, rand_pos=rand_pos).draw(np.random.default_rng(0), 3, height, width).candidates
@@ -456,8 +458,8 @@ def test_no_clean_gradient_at_ratio_one() -> None:
     method = Sage(10)
     step = method.step(model, images, labels, draws_for(method, images))
     assert all(p.grad is None for p in model.parameters())
-    assert step.targets is not None
-    torch.testing.assert_close(step.loss, bce_loss(step.logits, step.targets))
+    assert step.mixed.targets is not None
+    torch.testing.assert_close(step.loss, bce_loss(step.logits, step.mixed.targets))
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.7])
@@ -466,22 +468,25 @@ def test_clean_gradient_has_its_share(ratio: float) -> None:
     expected = torch.autograd.grad((1 - ratio) * bce_loss(model(images), one_hot(labels, 10)), model.parameters())
     method = Sage(10, update_ratio=ratio)
     step = method.step(model, images, labels, draws_for(method, images))
-    for parameter, gradient in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient)
-    assert step.targets is not None
-    torch.testing.assert_close(step.loss, ratio * bce_loss(step.logits, step.targets))
+    mixed_loss = ratio * bce_loss(step.logits, step.mixed.targets)
+    torch.testing.assert_close(step.loss, mixed_loss + step.mixed.clean_loss)
+    of_mixed = torch.autograd.grad(mixed_loss, list(model.parameters()), retain_graph=True)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    step.loss.backward()
+    for parameter, clean, mixed in zip(model.parameters(), expected, of_mixed, strict=True):
+        torch.testing.assert_close(parameter.grad, clean + mixed)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
 def test_eval_mode_updates_no_statistics_in_the_clean_pass(ratio: float) -> None:
     images, labels = tiny_batch()
     for eval_mode in (False, True):
-        model = tiny_network().eval()
+        model = tiny_network().train()
         method = Sage(10, eval_mode=eval_mode, update_ratio=ratio)
         step = method.step(model, images, labels, draws_for(method, images))
         expected = tiny_network()
         with torch.no_grad():
-            for batch in (step.mixed,) if eval_mode else (images, step.mixed):
+            for batch in (step.mixed.images,) if eval_mode else (images, step.mixed.images):
                 expected(batch)
         torch.testing.assert_close(model.state_dict(), expected.state_dict())
         assert model.training
@@ -504,16 +509,16 @@ def test_step_fills_in_the_picture(lam: float, rand_pos: float) -> None:
     assert step.loss.isfinite()
     assert step.logits.shape == (4, 10)
     permutation = torch.as_tensor(draws.permutation)
-    assert step.partner is not None
-    assert step.saliency is not None
-    assert step.mask is not None
-    assert step.targets is not None
-    assert torch.equal(step.partner, images[permutation])
-    assert torch.equal(step.saliency[1], step.saliency[0][permutation])
-    assert step.mask.shape == (4, 12, 9)
-    ratio = step.mask.mean(dim=(1, 2))[:, None]
+    assert step.mixed.partner is not None
+    assert step.mixed.saliency is not None
+    assert step.mixed.mask is not None
+    assert step.mixed.targets is not None
+    assert torch.equal(step.mixed.partner, images[permutation])
+    assert torch.equal(step.mixed.saliency[1], step.mixed.saliency[0][permutation])
+    assert step.mixed.mask.shape == (4, 12, 9)
+    ratio = step.mixed.mask.mean(dim=(1, 2))[:, None]
     torch.testing.assert_close(
-        step.targets, ratio * one_hot(labels, 10) + (1 - ratio) * one_hot(labels, 10)[permutation]
+        step.mixed.targets, ratio * one_hot(labels, 10) + (1 - ratio) * one_hot(labels, 10)[permutation]
     )
 
 
@@ -526,7 +531,7 @@ def test_lam_may_be_any_kind_of_number() -> None:
         draws.lam = lam
         results.append(method.step(tiny_network(), images, labels, draws))
     for result in results[1:]:
-        torch.testing.assert_close(result.mixed, results[0].mixed)
+        torch.testing.assert_close(result.mixed.images, results[0].mixed.images)
 
 
 def test_batch_of_one() -> None:
@@ -534,7 +539,7 @@ def test_batch_of_one() -> None:
     method = Sage(10, rand_pos=1.0)
     step = method.step(model, images, labels, draws_for(method, images))
     step.loss.backward()
-    torch.testing.assert_close(step.targets, one_hot(labels, 10))
+    torch.testing.assert_close(step.mixed.targets, one_hot(labels, 10))
 
 
 def test_zero_saliency() -> None:
@@ -544,10 +549,10 @@ def test_zero_saliency() -> None:
     method = Sage(10, rand_pos=1.0)
     step = method.step(model, images, labels, draws_for(method, images))
     step.loss.backward()
-    assert step.saliency is not None
-    assert (step.saliency[0] == 1).all()
-    assert step.mixed is not None
-    assert step.mixed.isfinite().all()
+    assert step.mixed.saliency is not None
+    assert (step.mixed.saliency[0] == 1).all()
+    assert step.mixed.images is not None
+    assert step.mixed.images.isfinite().all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 

@@ -36,6 +36,8 @@ def make(name: str, **changes: Any) -> Any:
 class Probe(nn.Module):
     """Logits are the first ten pixels; it keeps what it was called with."""
 
+    mixing_points = 3
+
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
@@ -335,10 +337,10 @@ def test_a_step_is_sound(name: str, size: int, constant: bool) -> None:
     step.loss.backward()
     assert step.loss.isfinite()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    torch.testing.assert_close(step.targets.sum(dim=1), torch.ones(size))
-    assert step.targets.min() >= 0
+    torch.testing.assert_close(step.mixed.targets.sum(dim=1), torch.ones(size))
+    assert step.mixed.targets.min() >= 0
     assert step.logits.shape == (size, 10)
-    torch.testing.assert_close(step.loss, bce_loss(step.logits, step.targets))
+    torch.testing.assert_close(step.loss, bce_loss(step.logits, step.mixed.targets))
     assert torch.equal(images, before)
     assert torch.equal(labels, labels_before)
     np.testing.assert_equal(vars(draws), draws_before)
@@ -352,7 +354,7 @@ def test_a_step_reads_arrays_numbers_and_tensors_alike(name: str) -> None:
     as_tensors = SimpleNamespace(**{k: v if k == "mix_at" else torch.as_tensor(v) for k, v in vars(draws).items()})
     first, second = (method.step(Probe(), images, labels, d) for d in (draws, as_tensors))
     assert torch.equal(first.logits, second.logits)
-    torch.testing.assert_close(first.targets, second.targets)
+    torch.testing.assert_close(first.mixed.targets, second.mixed.targets)
 
 
 @pytest.mark.parametrize("name", ["input", "cutmix", "saliencymix"])
@@ -360,15 +362,15 @@ def test_what_a_step_shows_fits_together(name: str) -> None:
     method, (images, labels) = make(name), batch(6, 16, 24)
     model, draws = Probe(), drawn(method, 6, 16, 24, seed=1)
     step = method.step(model, images, labels, draws)
-    assert torch.equal(step.partner, images[draws.permutation])
-    mask = step.mask[:, None]
-    torch.testing.assert_close(step.mixed, mask * images + (1 - mask) * step.partner)
-    assert step.mask.shape == (6, 16, 24)
-    assert 0 < step.mask.mean() < 1
-    ratio = step.mask.mean(dim=(1, 2))[:, None]
+    assert torch.equal(step.mixed.partner, images[draws.permutation])
+    mask = step.mixed.mask[:, None]
+    torch.testing.assert_close(step.mixed.images, mask * images + (1 - mask) * step.mixed.partner)
+    assert step.mixed.mask.shape == (6, 16, 24)
+    assert 0 < step.mixed.mask.mean() < 1
+    ratio = step.mixed.mask.mean(dim=(1, 2))[:, None]
     labels_b = labels[draws.permutation]
-    torch.testing.assert_close(step.targets, ratio * one_hot(labels, 10) + (1 - ratio) * one_hot(labels_b, 10))
-    assert torch.equal(model.calls[0][0], step.mixed)
+    torch.testing.assert_close(step.mixed.targets, ratio * one_hot(labels, 10) + (1 - ratio) * one_hot(labels_b, 10))
+    assert torch.equal(model.calls[0][0], step.mixed.images)
     assert len(model.calls) == 1
 
 
@@ -382,7 +384,7 @@ def test_manifold_mixes_where_the_draw_says() -> None:
         assert torch.equal(model.calls[0][0], images)
         torch.testing.assert_close(step.logits, mix_images(images, draws.permutation, draws.lam).flatten(1)[:, :10])
         wanted = draws.lam * one_hot(labels, 10) + (1 - draws.lam) * one_hot(labels[draws.permutation], 10)
-        torch.testing.assert_close(step.targets, wanted.float())
+        torch.testing.assert_close(step.mixed.targets, wanted.float())
     draws.mix_at = 3
     with pytest.raises(ValueError, match="mix_at must be 0, 1 or 2: 3"):
         method.step(model, images, labels, draws)
@@ -419,12 +421,12 @@ def test_partial_mixing_mixes_the_last_images_among_themselves(name: str, share:
     if clean:
         logits = Probe()(images[:clean])
         assert torch.equal(step.logits[:clean], logits)
-        assert torch.equal(step.targets[:clean], one_hot(labels[:clean], 10))
+        assert torch.equal(step.mixed.targets[:clean], one_hot(labels[:clean], 10))
         sums = sums + bce_loss(logits, one_hot(labels[:clean], 10)) * logits.numel()
     if count:
         mixed = make(name).step(Probe(), images[clean:], labels[clean:], draws)
         torch.testing.assert_close(step.logits[clean:], mixed.logits)
-        torch.testing.assert_close(step.targets[clean:], mixed.targets)
+        torch.testing.assert_close(step.mixed.targets[clean:], mixed.mixed.targets)
         sums = sums + mixed.loss * mixed.logits.numel()
     torch.testing.assert_close(step.loss, sums / (5 * 10))
 
@@ -436,8 +438,8 @@ def test_saliencymix_leaves_the_other_half_clean() -> None:
     model = Probe()
     step = method.step(model, images, labels, draws)
     assert torch.equal(model.calls[0][0], images)
-    assert torch.equal(step.targets, one_hot(labels, 10))
-    torch.testing.assert_close(step.loss, bce_loss(step.logits, step.targets))
+    assert torch.equal(step.mixed.targets, one_hot(labels, 10))
+    torch.testing.assert_close(step.loss, bce_loss(step.logits, step.mixed.targets))
 
 
 def test_saliencymix_cuts_around_the_peak_of_the_first_partner() -> None:
@@ -449,8 +451,8 @@ def test_saliencymix_cuts_around_the_peak_of_the_first_partner() -> None:
     step = make("saliencymix").step(Probe(), images, torch.arange(3), draws)
     outside = torch.ones(24, 40)
     outside[12 - 6 : 12 + 6, 30 - 10 : 30 + 10] = 0
-    assert torch.equal(step.mask, outside.expand(3, 24, 40))
-    torch.testing.assert_close(step.targets[0, :3], torch.tensor([0.75, 0.25, 0.0]))
+    assert torch.equal(step.mixed.mask, outside.expand(3, 24, 40))
+    torch.testing.assert_close(step.mixed.targets[0, :3], torch.tensor([0.75, 0.25, 0.0]))
 
 
 def test_saliencymix_sees_the_bytes_the_images_were_made_of() -> None:
@@ -463,7 +465,7 @@ def test_channels_last_images_stay_so(name: str) -> None:
     images, labels = batch(4)
     images = images.contiguous(memory_format=torch.channels_last)
     method = make(name)
-    mixed = method.step(Probe(), images, labels, drawn(method, 4)).mixed
+    mixed = method.step(Probe(), images, labels, drawn(method, 4)).mixed.images
     assert mixed is None or mixed.is_contiguous(memory_format=torch.channels_last)
 
 

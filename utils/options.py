@@ -13,8 +13,9 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from load_data import DATASETS, IMAGE_SIZES, Data, load
-from mixup import METHODS, build_method, setting_defaults
+from mixup import METHODS, build_method, settings
 from mixup.base import Method
+from mixup.settings import LARGEST, Setting
 from models import ARCHITECTURES
 
 from .records import log
@@ -36,9 +37,6 @@ NOT_PART_OF_A_RUN = frozenset(
         "job_id",
     ]
 )
-
-
-LARGEST = 2**63  # of any number: what NumPy and PyTorch take as a seed
 
 
 class Parser(argparse.ArgumentParser):
@@ -161,53 +159,29 @@ def make_parser() -> Parser:
 
 
 def add_method_flags(parser: Parser) -> None:
-    """Flags of the methods' settings; their defaults live in the methods."""
-    defaults = setting_defaults()
+    """Flags of the methods' settings, as the methods declare them."""
     group = parser.add_argument_group("methods (defaults apply where the method has no preset)")
+    for name, known in settings().items():
+        shown = known.default if known.flag_default is None else known.flag_default
+        text = known.help + (f" (default: {shown})" if shown is not None else "")
+        group.add_argument(f"--{name}", type=value_of(known), help=text)
+    group.add_argument("--mp", type=number(int, low=0), default=8, help="accepted, no effect: there is no process pool")
 
-    def add(name: str, kind: Callable, text: str) -> None:
-        if name in defaults:
-            text += f" (default: {defaults[name]})" if defaults[name] is not None else ""
-            group.add_argument(f"--{name}", type=kind, help=text)
 
-    positive, share = number(int, low=1), number(float, low=0, high=1)
-    at_least_zero, blocks = number(float, low=0), number(int, low=-1)
-    add("mixup_alpha", at_least_zero, "λ ~ Beta(alpha, alpha)")
-    add("prob_mix", share, "share of each batch that is mixed: input, manifold, cutmix, puzzle, comix")
-    add("mix_schedule", one_of(("fixed", "scheduled", "delayed")), "how that share grows: fixed, scheduled, delayed")
-    add("mix_scheduled_epoch", positive, "epoch at which it is reached")
-    add("clean_lam", at_least_zero, "weight of the clean loss in the saliency pass: puzzle, comix")
-    add("upper_lambda", number(float, above=0, high=1), "sage: λ is this times the Beta draw")
-    add(
-        "rand_pos", number(float, above=0, high=1), "sage: share of all offsets that are searched; 1 searches every one"
-    )
-    add("update_ratio", share, "sage: share of the mixed loss; the rest is the clean loss")
-    add("blur_sigma", number(float, above=0), "sage: σ of the Gaussian blur of the saliency, in pixels")
-    add("kernel_size", positive, "sage: its width in pixels, odd")
-    add("eval_mode", boolean, "sage: clean pass in evaluation mode")
-    add("n_labels", number(int, low=2), "puzzle: mask values")
-    add("beta", at_least_zero, "puzzle: smoothness of the mask")
-    add("gamma", at_least_zero, "puzzle: smoothness of the mixed image")
-    add("eta", at_least_zero, "puzzle: weight of the prior")
-    add("neigh_size", positive, "puzzle: pooling of neighbour distances, in pixels")
-    add("transport", boolean, "puzzle: move blocks")
-    add("t_eps", at_least_zero, "puzzle: cost of moving a block")
-    add("t_size", number(int, low=-1), "puzzle: side of the blocks that move, in pixels; -1: the mask's blocks")
-    add("adv_eps", at_least_zero, "puzzle: size of the adversarial perturbation, of 255")
-    add("adv_p", share, "puzzle: probability of the adversarial perturbation")
-    group.add_argument(
-        "--mp", type=number(int, low=0), default=8, help="accepted, without effect: there is no process pool"
-    )
-    add("m_block_num", blocks, "comix: blocks a side; -1: 2, 4, 8 or 16 at random")
-    add("m_part", positive, "comix: images that are mixed among themselves")
-    add("m_beta", at_least_zero, "comix: smoothness of the masks")
-    add("m_gamma", at_least_zero, "comix: diversity")
-    add("m_thres", at_least_zero, "comix: threshold of the diversity term")
-    add("m_thres_type", one_of(("hard", "soft")), "comix: hard or soft threshold")
-    add("m_eta", at_least_zero, "comix: weight of the prior")
-    add("m_omega", share, "comix: weight of the compatibility of distant saliency")
-    add("set_resolve", boolean, "comix: keep two outputs from using the same images")
-    add("m_niter", positive, "comix: rounds")
+def value_of(known: Setting) -> Callable[[str], Any]:
+    """A parser for the values of a method's setting."""
+    if known.choices is not None:
+        return one_of(known.choices)
+    if known.kind is bool:
+        return boolean
+
+    def parse(text: str) -> Any:
+        value = number(known.kind)(text)
+        if problem := known.problem(value):
+            raise argparse.ArgumentTypeError(problem)
+        return value
+
+    return parse
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
@@ -263,12 +237,12 @@ def check_size(method: Method, height: int, width: int) -> None:
     method.draw(np.random.default_rng(0), 1, height, width)
 
 
-def adopt(args: argparse.Namespace, given: set[str], settings: dict[str, Any]) -> None:
+def adopt(args: argparse.Namespace, given: set[str], held: dict[str, Any]) -> None:
     """Put the settings of a checkpoint where none were given, checked like given ones."""
     arguments = []
-    for name in settings.keys() & vars(args).keys() - given - NOT_PART_OF_A_RUN:
-        if settings[name] is not None:
-            values = settings[name]
+    for name in held.keys() & vars(args).keys() - given - NOT_PART_OF_A_RUN:
+        if held[name] is not None:
+            values = held[name]
             arguments += [f"--{name}", *map(str, values)] if isinstance(values, list) else [f"--{name}={values}"]
     make_parser().parse_args(arguments, namespace=args)
 
@@ -293,7 +267,7 @@ def load_images(args: argparse.Namespace, given: set[str]) -> Data:
 
 def method_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The methods' settings that were given, by flag name."""
-    names = setting_defaults().keys() & vars(args).keys()
+    names = settings().keys() & vars(args).keys()
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 

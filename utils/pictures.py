@@ -11,7 +11,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mixup.base import Step
+from mixup.base import Mixed
 
 from .archive import atomic_write
 
@@ -52,7 +52,7 @@ def plot_curves(path: Path, rows: Sequence[dict[str, Any]], title: str, schedule
     _save(figure, path)
 
 
-def plot_mixed(path: Path, step: Step, images: torch.Tensor, data: Any, pairs: int = 6) -> None:
+def plot_mixed(path: Path, mixed: Mixed, images: torch.Tensor, data: Any, pairs: int = 6) -> None:
     """The first pairs of a batch: both images, both saliency maps, the mask, the mixed image, the target's shares."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
     count = min(pairs, len(images))
@@ -65,14 +65,14 @@ def plot_mixed(path: Path, step: Step, images: torch.Tensor, data: Any, pairs: i
     def maps(batch: torch.Tensor | None) -> list[np.ndarray] | None:
         return None if batch is None else list(batch[:count].detach().float().cpu().numpy())
 
-    saliency_a, saliency_b = step.saliency or (None, None)
+    saliency_a, saliency_b = mixed.saliency or (None, None)
     columns: list[tuple[str, list[np.ndarray] | None, dict[str, Any]]] = [
         ("image a", pixels(images), {}),
-        ("image b", pixels(step.partner), {}),
+        ("image b", pixels(mixed.partner), {}),
         ("saliency a", maps(saliency_a), {"cmap": "magma"}),
         ("saliency b", maps(saliency_b), {"cmap": "magma"}),
-        ("mask (white: a)", maps(step.mask), {"cmap": "gray", "vmin": 0, "vmax": 1}),
-        ("mixed", pixels(step.mixed), {}),
+        ("mask (white: a)", maps(mixed.mask), {"cmap": "gray", "vmin": 0, "vmax": 1}),
+        ("mixed", pixels(mixed.images), {}),
     ]
     shown = [(title, content, style) for title, content, style in columns if content is not None]
     figure = Figure(figsize=(1.6 * len(shown), 1.85 * count), layout="constrained")
@@ -83,8 +83,8 @@ def plot_mixed(path: Path, step: Step, images: torch.Tensor, data: Any, pairs: i
             axes[row, column].set_xticks([])
             axes[row, column].set_yticks([])
         axes[0, column].set_title(title, fontsize=11)
-    if step.targets is not None:
-        for row, target in enumerate(step.targets[:count].detach().float().cpu()):
+    if mixed.targets is not None:
+        for row, target in enumerate(mixed.targets[:count].detach().float().cpu()):
             shares = sorted(((float(v), data.classes[k]) for k, v in enumerate(target) if v > 0.005), reverse=True)
             text = " + ".join(f"{100 * value:.0f} % {name}" for value, name in shares[:3])
             axes[row, -1].set_xlabel(text, fontsize=9, loc="right", parse_math=False)

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mixup.sage import gaussian_blur
-from mixup.saliency import input_gradient
+from mixup.saliency import saliency_pass
 
 SEVERITIES = 5
 # One strength for each severity. Lengths are pixels of an image whose shorter side is 32, and grow with it.
@@ -187,7 +187,7 @@ def _ascent(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, T
         correct.append(logits.argmax(dim=1) == labels)
         return F.cross_entropy(logits, labels, reduction="sum")  # so that an image's gradient is its own
 
-    gradient, _ = input_gradient(model, pixels, loss)
+    gradient, _ = saliency_pass(model, pixels, loss)
     return gradient.sign(), correct[0]
 
 

@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -74,7 +73,7 @@ def step_taker(
         result.loss.backward()
         optimizer.step()
         # a result somebody holds must not keep autograd's nodes alive: they cannot be recorded again
-        return replace(result, loss=result.loss.detach(), logits=result.logits.detach())
+        return result.detached()
 
     if record and device.type == "cuda" and method.recordable:
         return Captured(step, lambda: [group["lr"] for group in optimizer.param_groups], device)
@@ -272,7 +271,7 @@ def plot_first_batch(run: Run, result: Step, images: Tensor) -> None:
     """mixed.png of the first batch of this start, where the folder has none."""
     first, run.is_first_batch = run.is_first_batch, False
     if first and run.folder is not None and not (run.folder / MIXED).exists():
-        keep_going(partial(pictures.plot_mixed, run.folder / MIXED, result, images, run.data))
+        keep_going(partial(pictures.plot_mixed, run.folder / MIXED, result.mixed, images, run.data))
 
 
 def keep_going(write: Callable[[], object]) -> None:

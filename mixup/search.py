@@ -1,0 +1,191 @@
+"""SAGE's search: the offset at which two saliency maps, laid over each other, keep most of their mass.
+
+All (2H−1)(2W−1) offsets are scored at once by Fourier transforms, at a cost that grows as H·W·log(H·W), and the leaders
+again exactly (Ma et al., "SAGE: Saliency-Guided Mixup with Optimal Rearrangements", BMVC 2022, defines the score; it
+tries about 1 % of the offsets one by one).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# 1/x ≈ Σ w·exp(−t·x), fitted so that |error|·min(x, x²) ≤ 2.3e-4 for 0 < x ≤ 30, x being saliency over its RMS
+EXPONENTS = (0.023358, 0.13365, 0.39224, 0.98411, 2.4016, 5.9133, 15.248, 43.622, 148.82, 697.56)
+WEIGHTS = (0.061019, 0.16807, 0.37722, 0.8822, 2.1433, 5.4147, 15.077, 49.063, 200.98, 1262.6)
+LEADERS = 8  # offsets a pair whose exact score is computed after the approximate search
+SHORT_LIST = 256  # up to so many candidates it is cheaper to score each exactly
+SPECTRUM_BYTES = {"cpu": 2 << 20, "cuda": 48 << 20}  # spectra held at a time: what suits the cache; few, large launches
+WINDOW_PIXELS = 1 << 20  # pixels of moved maps held at a time
+
+
+@torch.no_grad()
+def best_offsets(a: Tensor, b: Tensor, candidates: Any = None) -> Tensor:
+    """For every pair the offset of image b at which Σ (A² + B'²)/(A + B') is largest, B' being B moved by the offset.
+
+    All offsets, and long lists, are first scored approximately, by Fourier transforms whose cost grows as
+    H·W·log(H·W), and the leaders again exactly. On saliency of networks the exact score of the result is then the best
+    one's within 1e-6, relative; on maps that are constant but for a percent, with the same mass, within 1e-4.
+
+    Args:
+        a: [B, H, W] saliency of image a with mass λ; not negative.
+        b: [B, H, W] saliency of image b with mass 1 − λ, not yet moved.
+        candidates: [K, 2] integers (dy, dx), |dy| < H, |dx| < W: image b's content moves down by dy and right by dx,
+            and zeros enter. None stands for every offset, in row-major order from (−(H−1), −(W−1)). An array, a list
+            or a tensor; one on the CPU has its range checked.
+
+    Maps narrower than float32 are searched in float32.
+
+    Returns:
+        [B, 2] int64 on a's device; the first in candidate order among equals.
+
+    Raises:
+        ValueError: a wrong shape, or a candidate that leaves no overlap.
+    """
+    check_pair(a, b)
+    if a.dtype.itemsize < 4:
+        a, b = a.float(), b.float()
+    height, width = a.shape[1:]
+    if candidates is None:
+        return _best_of(a, b, every_offset(height, width, a.device), approximate_scores(a, b))
+    candidates = torch.as_tensor(candidates, dtype=torch.int64)
+    _check_candidates(candidates, height, width)
+    on_device = candidates.to(a.device, non_blocking=True)
+    if len(candidates) > SHORT_LIST:
+        index = (on_device[:, 0] + height - 1) * (2 * width - 1) + on_device[:, 1] + width - 1
+        return _best_of(a, b, on_device, approximate_scores(a, b)[:, index])
+    if a.device.type == "cpu":
+        scores = _list_scores(a, b, candidates.tolist())
+    else:
+        scores = exact_scores(a, b, on_device.expand(len(a), -1, -1))
+    return on_device[scores.argmax(dim=1)]
+
+
+def exact_scores(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """Σ (A² + B'²)/(A + B') as [B, R] for each pair's own ``offsets`` [B, R, 2]."""
+    parts = []
+    for part in offsets.split(max(1, WINDOW_PIXELS // a.numel()), dim=1):
+        shown = moved(b[:, None], part)[:, 0]
+        total = (a[:, None] + shown).clamp_(min=1e-30)
+        parts.append(shown.square_().add_(a.square()[:, None]).div_(total).sum(dim=(2, 3)))
+    return torch.cat(parts, dim=1)
+
+
+def _list_scores(a: Tensor, b: Tensor, candidates: list[list[int]]) -> Tensor:
+    """Exact scores [B, K] of one list for all pairs, visiting only the pixels that overlap: the fastest on a CPU."""
+    height, width = a.shape[1:]
+    # pairs last, so that a row of the overlap is one piece of memory
+    a, b = a.permute(1, 2, 0).contiguous(), b.permute(1, 2, 0).contiguous()
+    inverse_a, inverse_b = a.reciprocal(), b.reciprocal()
+    scores = []
+    for dy, dx in candidates:
+        above = slice(max(dy, 0), height + min(dy, 0)), slice(max(dx, 0), width + min(dx, 0))
+        below = slice(max(-dy, 0), height + min(-dy, 0)), slice(max(-dx, 0), width + min(-dx, 0))
+        # (a² + b²)/(a + b) = a + b − 2/(1/a + 1/b), also where one or both are 0
+        shared = (inverse_a[above] + inverse_b[below]).reciprocal_()
+        scores.append(b[below].sum(dim=(0, 1)) - 2 * shared.sum(dim=(0, 1)))
+    return (torch.stack(scores) + a.sum(dim=(0, 1))).T
+
+
+def approximate_scores(a: Tensor, b: Tensor) -> Tensor:
+    """Scores [B, (2H−1)(2W−1)] of every offset in row-major order.
+
+    With (a² + b²)/(a + b) = a + b − 2ab/(a + b) and 1/(a + b) as a sum of exponentials, the score of all offsets is
+    the mass in the frame less a sum of cross-correlations, of a·exp(−ta) with b·exp(−tb), which are added up in
+    frequency space. The mass is exact.
+    """
+    height, width = a.shape[1:]
+    rows, columns = 2 * height - 1, 2 * width - 1
+    size = _fast_length(rows), _fast_length(columns)
+    exponents, half_log_weights = _quadrature(a.device, a.dtype)
+    # a correlation is a convolution with the map turned round; its place (0, 0) is then the first offset
+    pair = torch.stack([a, b.flip(1, 2)])
+    rms = pair.square().sum(dim=0).mean(dim=(1, 2), keepdim=True).clamp(min=1e-30).sqrt()
+    pair_bytes = 2 * len(EXPONENTS) * size[0] * (size[1] // 2 + 1) * 2 * a.element_size()
+    part = max(1, SPECTRUM_BYTES["cuda" if a.is_cuda else "cpu"] // pair_bytes)
+    pair = pair / rms
+    shared = []
+    for maps in pair[:, :, None].split(part, dim=1):
+        spectra = torch.fft.rfft2((half_log_weights - exponents * maps).exp_().mul_(maps), s=size)
+        shared.append(torch.fft.irfft2(spectra[0].mul_(spectra[1]).sum(dim=1), s=size)[:, :rows, :columns])
+    gain = _mass_in_frame(pair[1]) - 2 * torch.cat(shared)
+    return (a.sum(dim=(1, 2), keepdim=True) + rms * gain).flatten(1)
+
+
+def _best_of(a: Tensor, b: Tensor, candidates: Tensor, approximate: Tensor) -> Tensor:
+    """The best [B, 2] of ``candidates`` [K, 2] on the device, given their approximate scores [B, K]."""
+    leaders = approximate.topk(min(LEADERS, len(candidates)), dim=1)
+    # where hundreds of offsets tie, the first of them is to win, which need not be among the leaders
+    level = leaders.values[:, :1]
+    first = (approximate >= level - 1e-6 * level).int().argmax(dim=1, keepdim=True)
+    index = torch.cat([leaders.indices, first], dim=1).sort(dim=1).values
+    best = exact_scores(a, b, candidates[index]).argmax(dim=1, keepdim=True)
+    return candidates[index.gather(1, best)[:, 0]]
+
+
+def _mass_in_frame(turned: Tensor) -> Tensor:
+    """[B, 2H−1, 2W−1]: how much of a map stays in the frame at every offset, given the map turned round [B, H, W].
+
+    Values are counted in units of 2⁻³²: sums of integers are exact, and the same on every run and device.
+    """
+    height, width = turned.shape[1:]
+    rows = F.pad((turned * 2.0**32).long(), (0, 0, height, height - 1)).cumsum(1)
+    rows = rows[:, height:] - rows[:, :-height]
+    columns = F.pad(rows, (width, width - 1)).cumsum(2)
+    return (columns[:, :, width:] - columns[:, :, :-width]).to(turned.dtype) * 2.0**-32
+
+
+def every_offset(height: int, width: int, device: torch.device) -> Tensor:
+    """[(2H−1)(2W−1), 2] int64: every (dy, dx) that leaves some overlap, row-major."""
+    return torch.cartesian_prod(
+        torch.arange(1 - height, height, device=device), torch.arange(1 - width, width, device=device)
+    )
+
+
+@functools.lru_cache
+def _quadrature(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Exponents and half the weights' logarithms as [K, 1, 1], copied to the device once."""
+    table = torch.tensor((EXPONENTS, [0.5 * math.log(w) for w in WEIGHTS]), dtype=dtype, device=device)
+    return table[0, :, None, None], table[1, :, None, None]
+
+
+def _fast_length(length: int) -> int:
+    """The next even length without prime factors above 7; transforms of other lengths cost twice as much or more."""
+    while 2**20 * 3**13 * 5**9 * 7**8 % length or length % 2:
+        length += 1
+    return length
+
+
+def _check_candidates(candidates: Tensor, height: int, width: int) -> None:
+    if candidates.ndim != 2 or candidates.shape[1] != 2 or len(candidates) == 0:
+        raise ValueError(f"candidates must be [K, 2] with K ≥ 1, not {tuple(candidates.shape)}")
+    if candidates.device.type == "cpu":  # elsewhere it would wait for the device
+        outside = (candidates.abs() >= torch.tensor((height, width))).any(dim=1)
+        if outside.any():
+            raise ValueError(f"offset {tuple(candidates[outside][0].tolist())} leaves no overlap in {height}×{width}")
+
+
+def moved(maps: Tensor, offsets: Tensor) -> Tensor:
+    """Content of ``maps`` [B, C, H, W] moved by each of ``offsets`` [B, R, 2], zeros entering: [B, C, R, H, W]."""
+    height, width = maps.shape[2:]
+    rows = torch.arange(height, device=maps.device) - offsets[:, :, :1]
+    columns = torch.arange(width, device=maps.device) - offsets[:, :, 1:]
+    # what lies outside is read from a row and a column of zeros behind the last
+    rows = torch.where((rows >= 0) & (rows < height), rows, height)
+    columns = torch.where((columns >= 0) & (columns < width), columns, width)
+    index = (rows * (width + 1))[:, :, :, None] + columns[:, :, None]
+    source = F.pad(maps, (0, 1, 0, 1)).flatten(2)
+    found = source.gather(2, index.flatten(1)[:, None].expand(-1, maps.shape[1], -1))
+    return found.view(*maps.shape[:2], *index.shape[1:])
+
+
+def check_pair(a: Tensor, b: Tensor) -> None:
+    if a.ndim != 3 or a.shape != b.shape or a.numel() == 0:
+        raise ValueError(f"a and b must be two [B, H, W] of one shape, not {tuple(a.shape)} and {tuple(b.shape)}")
+    if not a.is_floating_point() or a.dtype != b.dtype:
+        raise ValueError(f"a and b must be of one floating type, not {a.dtype} and {b.dtype}")
