@@ -54,6 +54,7 @@ from utils.results import (
     FLAGS,
     HOW,
     ROW,
+    SHIFT,
     TRAINING,
     Group,
     Row,
@@ -61,6 +62,7 @@ from utils.results import (
     key_of,
     read_roots,
     relative_cost,
+    shifts_of,
     text_of,
     words,
     write_table,
@@ -116,7 +118,14 @@ def work(args: argparse.Namespace) -> int:
     if not args.roots and not args.refresh:
         raise BadArguments("name a folder of runs, a runs.csv, or a text to --refresh")
     if args.roots:
-        write_summary(read_roots(args.roots), args.out)
+        rows = read_roots(args.roots)
+        write_summary(rows, args.out)
+        if old := sum(row["state"] == "finished" and not row["test_digest"] for row in rows):
+            print(
+                f"warning: {old} runs are of an older version, which kept no digest of their images; they and their "
+                "evaluations are taken to be of the same images if all else agrees",
+                file=sys.stderr,
+            )
     for path in args.refresh:
         write_text(path, refreshed(path))
         print(path)
@@ -142,8 +151,10 @@ def sections(rows: Sequence[Row]) -> dict[str, list[Table | str]]:
         ],
         "differences": [*differences(groups)],
         "details": [
-            details([group for group in groups if group.column == column], f"{column}: {of_seeds}")
+            table
             for column in columns
+            for of_column in [[group for group in groups if group.column == column]]
+            for table in (details(of_column, f"{column}: {of_seeds}"), *other_sets(of_column, f"{column}: {of_seeds}"))
         ],
         "settings": [*described(groups)],
         "open": [],
@@ -156,6 +167,7 @@ def sections(rows: Sequence[Row]) -> dict[str, list[Table | str]]:
             left_out.append([row["run"], row["state"], "; ".join(far)])
     if not groups:
         content.update(final=["No run is finished."], best=[], details=[])
+    content["open"] += [f"{row['run']}: {row['note']}." for row in rows if row["state"] == "finished" and row["note"]]
     if left_out:
         content["open"].append(Table("Runs that are not counted", ["run", "why", "how far it came"], left_out))
     return content
@@ -179,7 +191,7 @@ def wide(groups: Sequence[Group], name: str, caption: str) -> Table:
     bold = {
         (ordered.index(label), 1 + columns.index(column))
         for column, seeds in measured(groups, name).items()
-        for label in leaders(seeds, name in LOWEST)
+        for label in leaders(seeds, is_lowest(name))
     }
     return Table(caption, ["method", *columns], rows, bold)
 
@@ -193,10 +205,15 @@ def measured(groups: Iterable[Group], name: str) -> dict[str, dict[str, dict[str
     return found
 
 
+def is_lowest(measure: str) -> bool:
+    """Whether less of it is better."""
+    return measure in LOWEST or (measure.startswith(SHIFT) and not measure.endswith(" top1"))
+
+
 def what_is_bold(groups: Sequence[Group], name: str) -> Iterator[str]:
     """What bold means in a table of one measure, and how much of it is."""
     columns = measured(groups, name)
-    bold = {column: leaders(rows, name in LOWEST) for column, rows in columns.items()}
+    bold = {column: leaders(rows, is_lowest(name)) for column, rows in columns.items()}
     counted = [len(seeds) > 1 for column, rows in columns.items() if bold[column] for seeds in rows.values()]
     several = [column for column, rows in columns.items() if len(rows) > 1]
     if any(bold.values()):
@@ -211,9 +228,10 @@ def what_is_bold(groups: Sequence[Group], name: str) -> Iterator[str]:
 
 def comparisons(groups: Sequence[Group]) -> Iterator[Comparison]:
     """Each row against the best and against vanilla, in every column of the tables and every measure."""
-    for measure in ("final", "best", *ROBUSTNESS):
+    shifts = [name for names in shifts_of(row for group in groups for row in group.runs).values() for name in names]
+    for measure in ("final", "best", *ROBUSTNESS, *shifts):
         for column, rows in measured(groups, measure).items():
-            best = best_of(rows, measure in LOWEST)
+            best = best_of(rows, is_lowest(measure))
             if best is not None:
                 yield Comparison(column, measure, "best", best, compared(rows, best))
             if VANILLA in rows and len(rows) > 1:
@@ -280,7 +298,7 @@ def details(groups: Sequence[Group], caption: str) -> Table:
         (labels.index(label), place)
         for name, place in places.items()
         for seeds in measured(groups, name).values()
-        for label in leaders(seeds, name in LOWEST)
+        for label in leaders(seeds, is_lowest(name))
     }
     runs = [row for group in groups for row in group.runs]
     for how, names in HOW.items():
@@ -291,6 +309,27 @@ def details(groups: Sequence[Group], caption: str) -> Table:
         ) + f" (not shown: runs with {'; '.join(sorted(others))})" * bool(others)
     caption += "; bold: the best of a column and each that cannot be told from it" * bool(bold)
     return Table(caption, header, rows, bold, breaks=(4, len(header) - len(robust)))
+
+
+def other_sets(groups: Sequence[Group], caption: str) -> Iterator[Table]:
+    """Accuracy on other test sets, a row a method; the caption says which."""
+    runs = [row for group in groups for row in group.runs]
+    labels = [group.label for group in groups]
+    header, rows, bold = ["method"], [[label] for label in labels], set()
+    for how, names in shifts_of(runs).items():
+        title = how.removeprefix(SHIFT)
+        for name, of in zip(names, (title, "drop", "ECE"), strict=True):
+            for row, group in zip(rows, groups, strict=True):
+                numbers = group.values(name)
+                row.append(in_words(numbers, count=len(numbers) < len(group.runs)))
+            for seeds in measured(groups, name).values():
+                bold |= {(labels.index(label), len(header)) for label in leaders(seeds, is_lowest(name))}
+            header.append(of)
+        kinds = dict.fromkeys(row[how] for row in runs if row.get(how) and row.get(names[0]))
+        caption += "".join(f"; {title}: {kind}" for kind in kinds)
+    if len(header) > 1:
+        caption += "; drop: from the own test set's images of the same classes, in points"
+        yield Table(caption, header, rows, bold, breaks=range(1, len(header), 3))
 
 
 def described(groups: Sequence[Group]) -> Iterator[str]:
@@ -344,7 +383,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_numbers(path: Path, groups: Sequence[Group]) -> None:
     """The tables' numbers, a row a group."""
-    names = ["final", "best", *COSTS, *ROBUSTNESS]
+    shifts = [name for names in shifts_of(row for group in groups for row in group.runs).values() for name in names]
+    names = ["final", "best", *COSTS, *ROBUSTNESS, *shifts]
     with atomic_write(path, "w") as file:
         writer = csv.writer(file, lineterminator="\n")
         of_names = [f"{name}_{kind}" for name in names for kind in ("mean", "std")]

@@ -45,6 +45,7 @@ def make_run(
     rows = [dict.fromkeys(records.COLUMNS, 1.0) for _ in range(done)]
     for i, row in enumerate(rows):
         row.update(epoch=i, test_top1=top1 if i else top1 - 20, seconds=seconds)  # type: ignore[arg-type]
+        row.update(valid_loss=None, valid_top1=None, valid_top5=None)  # type: ignore[arg-type]
     if rows:
         records.write_metrics(folder / "metrics.csv", rows)
     if done == config["settings"]["epochs"]:  # type: ignore[index]
@@ -249,6 +250,82 @@ def test_what_was_measured_in_another_way_is_not_averaged(tmp_path: Path) -> Non
     assert row[-5:] == [f"{n} ± 0.00{of}" for n, of in zip(
         ("70.00", "40.00", "12.00", "1.00", "5.00"), (" (2)", " (2)", "", " (2)", " (2)"), strict=True
     )]  # fmt: skip
+
+
+SHIFTED = {"images": 50, "classes": 2, "corruptions": 0, "bins": 15, "top1": 60.0, "drop": 10.0, "ece": 7.0}
+
+
+def test_other_test_sets_are_a_table(tmp_path: Path) -> None:
+    for method, top1 in (("vanilla", 60.0), ("sage", 65.0)):
+        for seed in (1, 2):
+            sets = {"mine": SHIFTED | {"top1": top1 + seed, "digest": "abcdef0123"}, "b": SHIFTED | {"digest": "0"}}
+            evaluated(make_run(tmp_path / "runs", method, seed), shift=sets)
+    evaluated(make_run(tmp_path / "runs", "sage", 3), shift={"mine": SHIFTED | {"top1": 1.0, "digest": "another"}})
+    text = write(tmp_path / "runs", tmp_path / "out")
+    assert "| method | b | drop | ECE | mine | drop | ECE |" in text
+    assert "; mine: 50 images, 2 classes, 15 bins, digest abcdef01; drop: from the own test set's images of the" in text
+    vanilla, sage = (line for line in text.splitlines() if line.startswith(("| Vanilla | **60", "| SAGE | **60")))
+    assert vanilla.count("**") == 10  # all but the accuracy on "mine"
+    assert (
+        "**66.50 ± 0.71 (2)** | **10.00 ± 0.00 (2)** | **7.00 ± 0.00 (2)** |" in sage
+    )  # the other images do not count
+    write(tmp_path / "out" / "runs.csv", tmp_path / "again")
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+    with open(tmp_path / "out" / "summary.csv", newline="") as file:
+        assert [row["shift mine top1_mean"] for row in csv.DictReader(file)] == ["61.5000", "66.5000"]
+
+
+def told(folder: Path, **content: Any) -> Path:
+    """More in a run's config.json."""
+    records.write_json(folder / "config.json", records.read_json(folder / "config.json") | content)
+    return folder
+
+
+def test_runs_on_other_images_or_from_other_weights_are_not_averaged(tmp_path: Path) -> None:
+    digests = {"train": "1" * 32, "test": "2" * 32}
+    for seed in (1, 2):
+        told(make_run(tmp_path / "runs", "vanilla", seed, 70.0 + seed), digests=digests, origin=None)
+    told(make_run(tmp_path / "runs", "vanilla", 3, 80.0), digests=digests | {"train": "3" * 32}, origin=None)
+    told(make_run(tmp_path / "runs", "vanilla", 4, 90.0), digests=digests, origin="4" * 32)
+    text = shown(tmp_path / "runs")
+    assert "train_digest 11111111 | cifar10 × preactresnet18, train_digest 33333333 |" in text
+    assert cells(text, "Vanilla")[0] == ["71.50 ± 0.71 (2)", "80.00 (1)"]
+    assert cells(text, "Vanilla (begun from 44444444)")[0] == ["90.00 (1)", "–"]
+
+
+def test_an_evaluation_of_another_test_set_does_not_count(tmp_path: Path) -> None:
+    digests = {"train": "1" * 32, "test": "2" * 32}
+    for seed, test in ((1, {"test_digest": "2" * 32}), (2, {"test_digest": "5" * 32}), (3, {})):
+        evaluated(told(make_run(tmp_path / "runs", "vanilla", seed), digests=digests), ece=5.0 + seed, **test)
+    text = write(tmp_path / "runs", tmp_path / "out")
+    assert cells(text, "Vanilla")[2][-1] == "7.00 ± 1.41 (2)"
+    assert "vanilla_seed2: checkpoint.json is of another test set than the run's own, and left out." in text
+    assert "vanilla_seed3: checkpoint.json, of an older version, does not say whether its test set is the run's" in text
+
+
+def test_runs_without_digests_count_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "runs", "vanilla", 1)
+    write(tmp_path / "runs", tmp_path / "out")
+    assert "warning: 1 runs are of an older version" in capsys.readouterr().err
+    table = (tmp_path / "out" / "runs.csv").read_text()
+    old = table.replace(",train_digest,test_digest,begun_from", "", 1).replace(" 70,,,", " 70")
+    assert old != table
+    (tmp_path / "old.csv").write_text(old)
+    assert read_roots([tmp_path / "old.csv"]) == read_roots([tmp_path / "runs"])
+
+
+def test_with_a_validation_set_the_best_epoch_is_its_choice(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "runs", "vanilla", 1)
+    rows = [dict.fromkeys(records.COLUMNS, 1.0) for _ in range(4)]
+    for i, (row, valid, test) in enumerate(zip(rows, (50, 72, 71, 70), (50, 69, 70, 72), strict=True)):
+        row.update(epoch=i, valid_top1=float(valid), test_top1=float(test))  # type: ignore[arg-type]
+    records.write_metrics(folder / "metrics.csv", rows)
+    final = records.final_accuracy(rows)[0]
+    for best in (69, 72):  # a run of an older version took the highest
+        records.write_json(folder / "result.json", {"final_top1": final, "best_top1": best})
+        (row,) = read_roots([tmp_path / "runs"])
+        assert (row["state"], row["best"], row["best_epoch"]) == ("finished", "69", "1")
 
 
 def test_runs_on_other_test_images_are_not_averaged(tmp_path: Path) -> None:

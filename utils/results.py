@@ -37,11 +37,14 @@ HOW = {  # how → what was measured so
     "calibration": ["ece"],
 }
 ROBUSTNESS = [name for names in HOW.values() for name in names]
+SHIFT = "shift "  # begins the names of what was measured on another test set: "shift NAME top1" and so on
+DIGESTS = ["train_digest", "test_digest", "begun_from"]  # younger than other columns; runs of older versions have none
 # What the runs of one cell of a table have in common: its column and its row.
-COLUMN, ROW = ["dataset", "arch", *TRAINING, "classes", "test_images"], ["method", "settings", "add_name"]
+COLUMN = ["dataset", "arch", *TRAINING, "classes", "test_images", "train_digest", "test_digest"]
+ROW = ["method", "settings", "add_name", "begun_from"]
 COLUMNS = [
     *[*NAMES, "settings", "state", "epochs_done", *RESULTS, *COSTS, *ROBUSTNESS, *HOW, *TRAINING],
-    *["classes", "test_images", "device", "torch", "commit", "date", "run", "command", "note", "curve"],
+    *["classes", "test_images", "device", "torch", "commit", "date", "run", "command", "note", "curve", *DIGESTS],
 ]
 
 MARKS = {"config.json", "metrics.csv", "result.json", ".lock"}  # what tells the folder of a run
@@ -61,7 +64,7 @@ class Group(NamedTuple):
 
     def of_seeds(self, name: str) -> dict[str, float]:
         """The same by seed."""
-        return {row["seed"]: float(row[name]) for row in self.runs if row[name]}
+        return {row["seed"]: float(row[name]) for row in self.runs if row.get(name)}
 
 
 def read_roots(roots: Iterable[Path]) -> list[Row]:
@@ -130,10 +133,12 @@ def read_table(path: Path) -> list[Row]:
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(file, restval="")
         try:
-            if missing := {*COLUMNS} - {*TRAINING} - {*(reader.fieldnames or ())}:
+            if missing := {*COLUMNS} - {*TRAINING, *DIGESTS} - {*(reader.fieldnames or ())}:
                 raise ValueError(f"there is no column {min(missing, key=COLUMNS.index)}")
             for found in reader:
-                rows.append({name: found.get(name, text_of(FLAGS.get(name))) for name in COLUMNS})
+                row = {name: found.get(name, text_of(FLAGS.get(name))) for name in COLUMNS}
+                shifts = sorted(name for name in found if name and name.startswith(SHIFT) and found[name])
+                rows.append(row | {name: found[name] for name in shifts})
                 check(rows[-1])
         except (csv.Error, ValueError) as error:
             raise UserError(f"{path}, line {reader.line_num}, is no run: {error}") from error
@@ -148,7 +153,7 @@ def read_run(folder: Path) -> Row:
             raise ValueError("no config.json: it ended before training began")
         row |= settings_of(records.read_json(folder / "config.json"))
         row |= numbers_of(folder, int(row["start_epoch"]), int(row["epochs"]))
-        row |= robustness_of(folder, row["epochs_done"])
+        row |= robustness_of(folder, row)
         if row["state"] != "finished":
             log = folder / "log.txt"
             begun = re.findall(
@@ -178,6 +183,8 @@ def settings_of(config: dict[str, Any]) -> Row:
         "settings": " ".join(changed),
         "classes": f"{len(config['classes'])}-{zlib.crc32(repr(config['classes']).encode(errors='replace')):08x}",
         "test_images": str(config.get("images", {}).get("test", "")),  # older runs do not say
+        **{f"{split}_digest": config.get("digests", {}).get(split, "") for split in ("train", "test")},
+        "begun_from": config.get("origin") or "",
         "device": config["device"],
         "torch": config["versions"]["torch"],
         "commit": config["git_commit"] or "",
@@ -199,14 +206,18 @@ def numbers_of(folder: Path, first: int, end: int) -> Row:
         names = ("test_top1", "seconds", "images_per_second", "peak_memory_gb")
         top1, seconds, rates, memory = ([float(row[name]) for row in epochs] for name in names)
         final, spread = records.final_accuracy([{"test_top1": value} for value in top1])
-        numbers = {"final": final, "spread": spread, "best": max(top1), "best_epoch": first + top1.index(max(top1))}
+        valid = [float(row.get("valid_top1") or "nan") for row in epochs]
+        selected = top1 if math.isnan(valid[-1]) else valid  # a validation set, where there is one, chooses the epoch
+        place = selected.index(max(value for value in selected if not math.isnan(value)))
+        numbers = {"final": final, "spread": spread, "best": top1[place], "best_epoch": first + place}
         median = statistics.median
         numbers |= zip(COSTS, (median(seconds), median(rates), sum(seconds) / 3600, max(memory)), strict=True)
     finished = (folder / "result.json").exists()
     if finished:
         result = records.read_json(folder / "result.json")
         said, best = result["final_top1"], result["best_top1"]
-        if len(epochs) != end - first or not (abs(said - final) < 1e-3 and abs(best - numbers["best"]) < 1e-3):
+        bests = (numbers["best"], max(top1)) if epochs else ()  # older versions always took the highest on the test set
+        if len(epochs) != end - first or abs(said - final) >= 1e-3 or all(abs(best - of) >= 1e-3 for of in bests):
             raise ValueError(
                 f"result.json ends at {said} and has {best} for the best, metrics.csv {final:g} and "
                 f"{numbers.get('best', math.nan):g} with {len(epochs)} epochs"
@@ -216,28 +227,49 @@ def numbers_of(folder: Path, first: int, end: int) -> Row:
     return {**state, **{name: f"{value:.7g}" for name, value in numbers.items()}}
 
 
-def robustness_of(folder: Path, epochs: str) -> Row:
-    """What scripts/evaluate.py measured of the last checkpoint, or else of another, and how."""
+def robustness_of(folder: Path, run: Row) -> Row:
+    """What scripts/evaluate.py measured of the last checkpoint, or else of another, on the run's own test set, and
+    how."""
+    note = {}
     for path in sorted(folder.glob("evaluation/*.json")):
         found = records.read_json(path)
-        if path.stem == "checkpoint" and str(found.get("epochs", epochs)) != epochs:
+        if path.stem == "checkpoint" and str(found.get("epochs", run["epochs_done"])) != run["epochs_done"]:
             continue  # of an earlier state of the run
-        numbers = {name: found["summary"].get(name) for name in ROBUSTNESS}
-        row = {name: f"{value:.7g}" for name, value in numbers.items() if value is not None}
-        how = {"clean": f"{found['images']:,} images"}
-        how["corruptions"] = re.sub(r"^corruptions |, seed \d+$", "", found.get("corruptions", ""))
-        if "fgsm" in found:
-            how["FGSM"] = f"{found['subset']:,} images"
-        if "pgd" in found:
-            rows = found["pgd"]
-            sizes = dict.fromkeys(f"{row['step_size_of_255'] / row['eps_of_255']:.3g}" for row in rows)
-            of_steps = f"{rows[0]['steps']} steps of {' and '.join(sizes)} eps"
-            how["PGD"] = f"{found['subset']:,} images, {of_steps}, from {rows[0]['restarts']} random start(s)"
-        if "calibration" in found:
-            how["calibration"] = f"{found['images']:,} images, {found['calibration']['bins']} bins"
-        of = "" if path.stem == "checkpoint" else f" ({path.stem})"
-        return {**row, **{name: text + of for name, text in how.items() if text}}
-    return {}
+        if run["test_digest"] and "test_digest" not in found:
+            note = {"note": f"{path.name}, of an older version, does not say whether its test set is the run's own"}
+        elif run["test_digest"] and found["test_digest"] != run["test_digest"]:
+            note = {"note": f"{path.name} is of another test set than the run's own, and left out"}
+            continue
+        return note | measured(found, "" if path.stem == "checkpoint" else f" ({path.stem})")
+    return note
+
+
+def measured(found: dict[str, Any], of: str) -> Row:
+    """The numbers in a file of scripts/evaluate.py, and how they were measured; ``of`` names the checkpoint."""
+    numbers = {name: found["summary"].get(name) for name in ROBUSTNESS}
+    how = {"clean": f"{found['images']:,} images"}
+    how["corruptions"] = re.sub(r"^corruptions |, seed \d+$", "", found.get("corruptions", ""))
+    if "fgsm" in found:
+        how["FGSM"] = f"{found['subset']:,} images"
+    if "pgd" in found:
+        rows = found["pgd"]
+        sizes = dict.fromkeys(f"{row['step_size_of_255'] / row['eps_of_255']:.3g}" for row in rows)
+        of_steps = f"{rows[0]['steps']} steps of {' and '.join(sizes)} eps"
+        how["PGD"] = f"{found['subset']:,} images, {of_steps}, from {rows[0]['restarts']} random start(s)"
+    if "calibration" in found:
+        how["calibration"] = f"{found['images']:,} images, {found['calibration']['bins']} bins"
+    for name, shift in sorted(found.get("shift", {}).items()):
+        numbers |= {f"{SHIFT}{name} {key}": shift[key] for key in ("top1", "drop", "ece")}
+        classes = f"{shift['classes']} classes" + f", {shift['corruptions']} corruptions" * bool(shift["corruptions"])
+        how[SHIFT + name] = f"{shift['images']:,} images, {classes}, {shift['bins']} bins, digest {shift['digest'][:8]}"
+    row = {name: f"{value:.7g}" for name, value in numbers.items() if value is not None}
+    return {**row, **{name: text + of for name, text in how.items() if text}}
+
+
+def shifts_of(rows: Iterable[Row]) -> dict[str, list[str]]:
+    """Other test sets that something was measured on: how → what was measured so."""
+    names = sorted({name.removesuffix(" top1") for row in rows for name in row if re.match(f"{SHIFT}.* top1$", name)})
+    return {name: [f"{name} {key}" for key in ("top1", "drop", "ece")] for name in names}
 
 
 def check(row: Row) -> None:
@@ -253,9 +285,12 @@ def check(row: Row) -> None:
     finished = row["state"] == "finished"
     needed = ["seed", "epochs", "start_epoch", "epochs_done", *([*RESULTS, *COSTS] if finished else [])]
     texts = [row[name] for name in [*RESULTS, *COSTS, *ROBUSTNESS] if row[name]] + row["curve"].split()
+    shifts = shifts_of([row])
+    texts += [row.get(name, "") for names in shifts.values() for name in names]
     if not all(math.isfinite(float(text)) for text in [*texts, *(row[name] for name in needed)]):
         raise ValueError("a number is not finite")
     percents = [row["final"], row["best"], row["clean_top1"], *row["curve"].split()]
+    percents += [row[f"{name} top1"] for name in shifts]
     if not all(0 <= float(text) <= 100 for text in percents if text):
         raise ValueError("an accuracy is not within 0 and 100 %")
     done, whole = int(row["epochs_done"]), int(row["epochs"]) - int(row["start_epoch"])
@@ -268,7 +303,9 @@ def check(row: Row) -> None:
 def write_table(path: Path, rows: Iterable[Row]) -> None:
     """A runs.csv."""
     with atomic_write(path, "w") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        rows = list(rows)
+        shifts = sorted({name for row in rows for name in row if name.startswith(SHIFT)})
+        writer = csv.DictWriter(file, [*COLUMNS, *shifts], restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -283,7 +320,8 @@ def column_names(rows: Iterable[Row]) -> dict[Key, str]:
     names = {}
     for key in keys:
         alike = [other for other in keys if other[:2] == key[:2]]
-        told = [f"{COLUMN[i]} {key[i] or '–'}" for i in range(2, len(key)) if len({other[i] for other in alike}) > 1]
+        differing = [i for i in range(2, len(key)) if len({other[i] for other in alike}) > 1]
+        told = [f"{COLUMN[i]} {key[i][: 8 if COLUMN[i] in DIGESTS else None] or '–'}" for i in differing]
         names[key] = ", ".join([f"{key[0]} × {key[1]}", *told])
     return names
 
@@ -307,8 +345,9 @@ def row_names(rows: Iterable[Row]) -> dict[Key, str]:
 
 def words(key: Key) -> list[str]:
     """What tells a row of the tables from its method's preset."""
-    _, settings, add_name = key
-    return [word.replace("=", " ") for word in settings.split()] + [f"“{add_name}”"] * bool(add_name)
+    _, settings, add_name, begun_from = key
+    named = [f"“{add_name}”"] * bool(add_name) + [f"begun from {begun_from[:8]}"] * bool(begun_from)
+    return [word.replace("=", " ") for word in settings.split()] + named
 
 
 def grouped(rows: Sequence[Row], state: str = "finished") -> tuple[list[Group], list[Row]]:
@@ -326,14 +365,21 @@ def grouped(rows: Sequence[Row], state: str = "finished") -> tuple[list[Group], 
 
 
 def comparable(rows: Sequence[Row]) -> list[Row]:
-    """The rows, without the robustness that was measured otherwise than for most of their column."""
+    """The rows, without what was measured otherwise than for most of their column."""
+    kinds = HOW | shifts_of(rows)
     counts: dict[tuple[Key, str], Counter[str]] = {}
     for row in rows:
-        for how in HOW:
-            counts.setdefault((key_of(row, COLUMN), how), Counter())[row[how]] += bool(row[how])
+        for how in kinds:
+            counts.setdefault((key_of(row, COLUMN), how), Counter())[row.get(how, "")] += bool(row.get(how))
     usual = {key: counter.most_common(1)[0][0] for key, counter in counts.items()}
     return [
-        row | {name: "" for how in HOW if row[how] != usual[key_of(row, COLUMN), how] for name in HOW[how]}
+        row
+        | {
+            name: ""
+            for how, names in kinds.items()
+            if row.get(how, "") != usual[key_of(row, COLUMN), how]
+            for name in names
+        }
         for row in rows
     ]
 
