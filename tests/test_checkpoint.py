@@ -19,6 +19,7 @@ from tests.common import ENVIRONMENT, ROOT
 from utils import archive, checkpoint
 from utils.archive import atomic_write
 from utils.errors import UserError
+from utils.unpickle import Inert
 
 
 def state(epoch: int) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def test_published_checkpoints_open_without_their_classes(
     torch.save(published, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=zipped)
     monkeypatch.delattr(sys.modules["__main__"], "AverageMeter")
     found = archive.load(tmp_path / "old.pth.tar")
-    assert isinstance(found["recorder"], archive.Inert)
+    assert isinstance(found["recorder"], Inert)
     assert found["state_dict"]["module.fc.bias"].tolist() == [0, 1, 2]
 
 

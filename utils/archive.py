@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import io
 import os
-import pickletools
 import shutil
-import sys
+import stat
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
-from .errors import UserError
+from .errors import UserError, is_out_of_memory, out_of_memory
+from .unpickle import Refused, unpickle
 
 COMMENT_MARK = b"sha256:"
 _COMMENT_LENGTH = len(COMMENT_MARK) + 64
@@ -80,56 +77,13 @@ def link(source: Path, target: Path) -> None:
     temporary.unlink(missing_ok=True)  # renaming a link over another of the same file leaves both
 
 
-class Inert:
-    """Stands for an object of a class that only its author has, such as the meters in published checkpoints."""
-
-    def __init__(self, *args: object, **named: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-def _unknown_classes(content: bytes) -> set[str]:
-    """Names in the archive's pickles that PyTorch's restricted loader does not know, to be made ``Inert``.
-
-    Raises:
-        UserError: a name from Python itself or PyTorch that no checkpoint needs: a pickle made to run something.
-    """
-    names = {name for stream in _pickles(content) for name in _global_names(stream)}
-    unknown = names - set(torch._weights_only_unpickler._get_allowed_globals())
-    for name in unknown:
-        module = name.split(".")[0]
-        if module in sys.stdlib_module_names or module in ("__builtin__", "torch"):
-            raise UserError(f"refused: it asks for {name}, which a checkpoint has no use for and an attack has")
-    return unknown
-
-
-def _pickles(content: bytes) -> Iterator[IO[bytes]]:
-    """Streams positioned at each pickle: one in today's zip archives, five in a row before PyTorch 1.6."""
-    if zipfile.is_zipfile(io.BytesIO(content)):
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise UserError("refused: it is compressed, which PyTorch never does; it could unpack to anything")
-            for name in archive.namelist():
-                if name.endswith("data.pkl"):
-                    yield io.BytesIO(archive.read(name))
-    else:
-        stream = io.BytesIO(content)
-        for _ in range(5):
-            yield stream
-
-
-def _global_names(stream: IO[bytes]) -> Iterator[str]:
-    """module.name of every global that the pickle at the stream's position names; nothing is built or called."""
-    strings: list[str] = []
-    for opcode, argument, _ in pickletools.genops(stream):
-        if opcode.name in ("GLOBAL", "INST"):
-            yield str(argument).replace(" ", ".")
-        elif opcode.name == "STACK_GLOBAL":
-            yield ".".join(strings[-2:])
-        elif isinstance(argument, str):
-            strings.append(argument)
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a file for reading. A pipe or a device, which could wait for ever or never end, is an ``OSError``."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return open(handle, "rb")
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -138,10 +92,22 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         UserError: no such file, or not a checkpoint.
         DamagedCheckpoint: written by this project, and truncated or altered since.
+        OutOfMemory: it may be whole.
     """
-    path = Path(path)
     try:
-        content = path.read_bytes()
+        with out_of_memory(f"checkpoint {path} may be sound but does not fit into memory"):
+            return _load(Path(path))
+    except Refused as error:
+        raise Refused(f"checkpoint {path}: {error}") from None
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        with open_regular(path) as file:
+            content = file.read(2)
+            if content in (b"PK", b"\x80\x02"):  # nothing else is read, however large it is
+                file.seek(0)
+                content = file.read()
     except OSError as error:
         raise UserError(f"checkpoint {path}: {error.strerror}") from error
     mark = len(content) - _COMMENT_LENGTH
@@ -151,13 +117,15 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         if found != content[mark + len(COMMENT_MARK) :]:
             raise DamagedCheckpoint(f"checkpoint {path} is damaged: its checksum does not match")
     try:
-        with torch.serialization.safe_globals([(Inert, name) for name in _unknown_classes(content)]):
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except UserError as error:
-        raise UserError(f"checkpoint {path}: {error}") from None
-    except Exception as error:
+        state = unpickle(content)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # what a file that is none makes of it
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DamagedCheckpoint(f"checkpoint {path} cannot be read, cut short or no checkpoint: {reason}") from error
+        kind = UserError if marked else DamagedCheckpoint  # its bytes are those that were written
+        raise kind(f"checkpoint {path} cannot be read, cut short or no checkpoint: {reason}") from error
     if not isinstance(state, dict):
         raise UserError(f"checkpoint {path} holds a {type(state).__name__}, not a training state")
     if "sage" in state and not marked:

@@ -6,8 +6,8 @@ import io
 import signal
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import torch
@@ -21,6 +21,29 @@ class UserError(Exception):
 
 class BadArguments(UserError):
     """Arguments that turn out not to fit what is there."""
+
+
+class OutOfMemory(UserError):
+    """The machine has too little memory; what was to be read may be sound."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host's memory, or the limit set on it, did not suffice: PyTorch and threads have no type for that."""
+    told = ("can't allocate memory", "not enough memory", "can't start new thread")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(part in str(error) for part in told)
+    )
+
+
+@contextmanager
+def out_of_memory(what: str) -> Iterator[None]:
+    """Turn a lack of memory within into ``OutOfMemory`` with ``what``."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"{what}; allow more memory, or ask for less") from None
 
 
 def exit_code(parser: ArgumentParser, work: Callable[[], int]) -> int:
@@ -38,6 +61,10 @@ def exit_code(parser: ArgumentParser, work: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError:
         print("error: out of GPU memory: make --batch_size smaller", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("error: out of memory: allow more, or make --batch_size or --image_size smaller", file=sys.stderr)
     except OSError as error:
         print(f"error: {error.filename or ''} {error.strerror or error}".replace("  ", " "), file=sys.stderr)
     except KeyboardInterrupt as stop:
