@@ -4,27 +4,18 @@
     for images, labels in train_batches(data, batch_size=100, seed=1, epoch=0, device=device): ...
     for images, labels in test_batches(data.test, data, batch_size=100, device=device): ...
 
-    load(dataset, data_dir, *, image_size=None, labels_per_class=None, valid_labels_per_class=0, seed=0, workers=None,
-         cache=True, progress=True, warn=print to stderr) -> Data
-    Data: name, source, classes, mean, std, train, test, valid, flip, digests, limit;
-          properties image_size, stride, padding; to(device)
-    train_batches(data, *, batch_size, seed, epoch, device, start=0) -> Iterator[(images, labels)]
-    test_batches(split, data, *, batch_size, device) -> Iterator[(images, labels)]
-    steps_per_epoch(number, batch_size) -> int
+What a data set is stands in ``KINDS``, one row each. Where its images come from:
 
-Where images come from:
-
-* An **image tree** in ``data_dir``, for every dataset name but ``digits``: ``train/<class>/`` and ``test/<class>/``, or
-  ``val/<class>/`` where there is no ``test/``, with PNG, JPEG or WebP files, in subfolders too. Names that begin with
-  a dot are skipped. Classes are numbered in the order of their names. Images become 32×32 for cifar10 and cifar100,
-  64×64 for tiny-imagenet-200. For ``folder`` they become ``image_size`` squared; without it they keep their size where
-  all have the same and neither side is above 128, else they become 64×64. An image of another size is cropped
-  centrally to the wanted shape and resized (bicubic).
-* **Tiny-ImageNet-200** as published, in ``data_dir`` or its subfolder ``tiny-imagenet-200``: the same, but
-  ``val/val_annotations.txt`` gives the classes of the test images. Nothing is moved.
+* An **image tree** in ``data_dir``, for every data set but ``digits``: ``train/<class>/`` and ``test/<class>/``, or
+  ``val/<class>/`` where there is no ``test/`` (``utils/images.py`` says what is read and how). Images become 32×32 for
+  cifar10 and cifar100, 64×64 for tiny-imagenet-200, which is read as published. For ``folder`` they become
+  ``image_size`` squared; without it they keep their size where all have the same and neither side is above 128, else
+  they become 64×64. An image of another size is cropped centrally to the wanted shape and resized (bicubic).
 * **cifar10, cifar100** without a tree: torchvision's files, downloaded where missing and checked by their MD5.
 * **digits**: scikit-learn's 1,797 handwritten digits, 8×8 enlarged to 32×32; a fifth of each class is the test set,
   always the same. Needs no files. Digits are not flipped in training: a mirrored digit is another thing.
+
+A data set of another kind is another row, and a source beside those below if none of them reads it.
 """
 
 from __future__ import annotations
@@ -37,6 +28,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,10 +38,9 @@ from torch import Tensor
 
 from mixup.settings import NORMALISATION, Colour
 from utils.errors import UserError
-from utils.images import TINY_ARCHIVE, cores, load_tree, one_line, pixel_digest, tree_root
+from utils.images import TINY_ARCHIVE, Reading, load_tree, one_line, pixel_digest
 
-DATASETS = ("cifar10", "cifar100", "tiny-imagenet-200", "digits", "folder")
-IMAGE_SIZES = {"cifar10": 32, "cifar100": 32, "tiny-imagenet-200": 64, "digits": 32}
+PIECE = 2**19  # pixels whose sums are taken at a time
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,7 @@ class Data:
         name: what ``--dataset`` said.
         source: where the images came from, for the record.
         classes: K names; label k is ``classes[k]``.
-        mean, std: of 1, per channel.
+        mean, std: of pixels in [0, 1], per channel.
         train, test, valid: ``valid`` is None where no validation images were set aside.
         flip: whether training flips images horizontally.
         digests: of the whole "train" and "test" split, pixels and labels in their order, before images are chosen by
@@ -153,11 +144,11 @@ def train_batches(
     Yields:
         images [B, 3, H, W] float32 and labels [B] int64, on ``device``.
     """
-    number, padding, (height, width) = len(data.train), data.padding, data.image_size
+    number = len(data.train)
     rng = np.random.default_rng([seed, epoch, 0xDA7A])  # a stream of its own beside the methods' draws
     order = rng.permutation(number)
-    flips = rng.random(number) < 0.5
-    rows, columns = rng.integers(0, 2 * padding + 1, (2, number))
+    flips = (rng.random(number) < 0.5) & data.flip
+    rows, columns = rng.integers(0, 2 * data.padding + 1, (2, number))
     # everything of the epoch goes over at once, so that no batch waits for the host
     draws = torch.from_numpy(np.stack([order, flips, rows, columns])).to(device)
     normalise = _normaliser(data, device)
@@ -166,11 +157,17 @@ def train_batches(
         batch = slice(first, min(first + batch_size, number))
         part = part_of(batch.stop - batch.start)
         images, labels = _fetch(data.train, indices[batch][part], device)
-        _, flip, row, column = draws[:, batch][:, part]
-        if data.flip:
-            images = torch.where(flip.bool()[:, None, None, None], images.flip(3), images)
-        windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
-        yield normalise(windows[torch.arange(len(labels), device=device), :, row, column]), labels
+        yield normalise(augment(images, draws[1:, batch][:, part], data.padding)), labels
+
+
+def augment(images: Tensor, draws: Tensor, padding: int) -> Tensor:
+    """Images [B, C, H, W] mirrored or not, and cut out of a black frame of ``padding`` pixels: whether, from which row
+    and from which column is drawn for each image, [3, B]."""
+    flips, rows, columns = draws
+    height, width = images.shape[2:]
+    images = torch.where(flips.bool()[:, None, None, None], images.flip(3), images)
+    windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(len(images), device=images.device), :, rows, columns]
 
 
 def test_batches(
@@ -200,6 +197,109 @@ def _normaliser(data: Data, device: torch.device | str) -> Callable[[Tensor], Te
     return lambda images: images.float().sub_(mean).div_(std)
 
 
+# -------------------------------------------------------------------------------------------------------------- sources
+
+
+class Found(NamedTuple):
+    """All images of a data set, and the ``pixel_digest`` of both splits where it is known."""
+
+    source: str
+    classes: list[str]
+    train: Split
+    test: Split
+    pixels: tuple[str | None, str | None] = (None, None)
+
+
+def image_tree(dataset: str, folder: str, reading: Reading) -> Found | None:
+    """Folders of image files; None where there is no folder ``train``."""
+    candidates = [folder, os.path.join(folder, dataset)] if dataset == "tiny-imagenet-200" else [folder]
+    root = next((root for root in candidates if os.path.isdir(os.path.join(root, "train"))), None)
+    if root is None:
+        return None
+    classes, splits = load_tree(root, reading)
+    train, test = (Split(images, labels) for images, labels, _ in splits)
+    return Found(f"image tree {_printable(root)}", classes, train, test, (splits[0][2], splits[1][2]))
+
+
+def torchvision_files(dataset: str, folder: str, reading: Reading) -> Found:
+    """CIFAR as torchvision keeps it."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # a silent firewall is no network either
+    try:
+        try:
+            train = source(folder, train=True)
+        except RuntimeError:  # not there, or not with the right checksums
+            train = source(folder, train=True, download=True)
+        test = source(folder, train=False)
+    except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
+        raise UserError(
+            f"{dataset} is not in {folder!r} and could not be downloaded ({one_line(error)}): put {source.filename} "
+            f"(md5 {source.tgz_md5}, from {source.url}) there, or its unpacked folder {source.base_folder}, "
+            "or an image tree train/<class>/, test/<class>/"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+    splits = [
+        Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in (train, test)
+    ]
+    return Found(f"torchvision's files in {_printable(folder)}", list(train.classes), splits[0], splits[1])
+
+
+def scikit_digits(dataset: str, folder: str, reading: Reading) -> Found:
+    """Handwritten digits that come with scikit-learn."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    small = (digits.images * (255 / 16)).round().astype(np.uint8)
+    large = np.stack([np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in small])
+    images = torch.from_numpy(large)[:, None].repeat(1, 3, 1, 1)
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    in_test = np.zeros(len(labels), bool)
+    rng = np.random.default_rng(0)
+    for label in range(10):
+        members = rng.permutation(np.flatnonzero(digits.target == label))
+        in_test[members[: round(len(members) / 5)]] = True
+    test = torch.from_numpy(in_test)
+    names = [str(k) for k in range(10)]
+    return Found("scikit-learn's digits", names, Split(images[~test], labels[~test]), Split(images[test], labels[test]))
+
+
+def _printable(path: str) -> str:
+    """A path whose bytes need not be text, as text."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+class Kind(NamedTuple):
+    """What a data set is.
+
+    Attributes:
+        size: height and width in pixels; None: as ``image_size`` says, or as the images are.
+        normalisation: mean and std of pixels in [0, 1], per channel; None: measured on the training images.
+        sources: where images may come from; the first that finds some is taken.
+        flip: whether training mirrors images.
+    """
+
+    size: int | None
+    normalisation: tuple[Colour, Colour] | None
+    sources: tuple[Callable[[str, str, Reading], Found | None], ...]
+    flip: bool = True
+
+
+KINDS = {
+    "cifar10": Kind(32, NORMALISATION["cifar10"], (image_tree, torchvision_files)),
+    "cifar100": Kind(32, NORMALISATION["cifar100"], (image_tree, torchvision_files)),
+    "tiny-imagenet-200": Kind(64, NORMALISATION["tiny-imagenet-200"], (image_tree,)),
+    "digits": Kind(32, None, (scikit_digits,), flip=False),
+    "folder": Kind(None, None, (image_tree,)),
+}
+DATASETS = tuple(KINDS)
+IMAGE_SIZES = {name: kind.size for name, kind in KINDS.items() if kind.size}
+
+
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
@@ -211,9 +311,7 @@ def load(
     labels_per_class: int | None = None,
     valid_labels_per_class: int = 0,
     seed: int = 0,
-    workers: int | None = None,
     cache: bool = True,
-    progress: bool = True,
     warn: Callable[[str], None] = _warn,
 ) -> Data:
     """Load a data set into host memory; the sources are described at the top of this file.
@@ -224,51 +322,45 @@ def load(
         image_size: height and width, for ``folder`` only.
         labels_per_class: training images of each class, a random choice by ``seed``; None is all of them.
         valid_labels_per_class: other training images of each class, set aside for validation.
-        workers: threads that decode; None is one a core.
         cache: whether decoded images are kept in ``data_dir``.
-        progress: whether a bar shows the decoding (on a terminal).
         warn: called with one line about anything that the user should know.
 
     Raises:
         UserError: missing, empty or unreadable files and classes, with the path and what to do.
     """
-    if dataset not in DATASETS:
+    if dataset not in KINDS:
         raise UserError(f"unknown dataset {dataset!r}; choose from {', '.join(DATASETS)}")
-    if image_size is not None and dataset != "folder":
+    kind = KINDS[dataset]
+    if image_size is not None and kind.size is not None:
         raise UserError(f"image_size {image_size} is for the dataset folder; {dataset} has a size of its own")
     folder = os.path.abspath(data_dir)
-    if dataset == "digits":
-        source, (classes, train, test) = "scikit-learn's digits", _digits()
-        pixels = [pixel_digest(part.images.numpy()) for part in (train, test)]
-    elif root := tree_root(dataset, folder):
-        size = image_size or IMAGE_SIZES.get(dataset)
-        source = f"image tree {root}"
-        classes, splits = load_tree(root, size, workers or cores(), cache, progress, warn)
-        train, test = (Split(images, labels) for images, labels, _ in splits)
-        pixels = [digest for _, _, digest in splits]
-    elif dataset in ("cifar10", "cifar100"):
-        source, (classes, train, test) = f"torchvision's files in {folder}", _torchvision_cifar(dataset, folder)
-        pixels = [pixel_digest(part.images.numpy()) for part in (train, test)]
-    else:
-        wanted = "the folders train/<class>/ and test/<class>/ with PNG, JPEG or WebP images"
-        if dataset == "tiny-imagenet-200":
-            wanted = f"the unpacked {TINY_ARCHIVE} or {wanted}"
-        missing = "has no folder train" if os.path.isdir(folder) else "does not exist"
-        raise UserError(f"data_dir {folder!r} {missing}; {dataset} needs {wanted} there")
-
-    digests = {"train": _digest(pixels[0], train.labels), "test": _digest(pixels[1], test.labels)}
+    reading = Reading(image_size or kind.size, cache, warn)
+    found = next(filter(None, (source(dataset, folder, reading) for source in kind.sources)), None)
+    if found is None:
+        raise _nothing_there(dataset, folder)
+    _, classes, train, test, pixels = found
+    digests = {"train": split_digest(train, pixels[0]), "test": split_digest(test, pixels[1])}
     chosen, set_aside = _choose(train.labels, classes, labels_per_class, valid_labels_per_class, seed, warn)
-    valid = Split(train.images[set_aside], train.labels[set_aside]) if len(set_aside) else None
     limit = labels_per_class if len(chosen) + len(set_aside) < len(train) else None
+    valid = Split(train.images[set_aside], train.labels[set_aside]) if len(set_aside) else None
     if len(chosen) < len(train):
         train = Split(train.images[chosen], train.labels[chosen])
-    mean, std = NORMALISATION.get(dataset) or _mean_std(train.images)
-    return Data(dataset, source, classes, mean, std, train, test, valid, dataset != "digits", digests, limit)
+    mean, std = kind.normalisation or _mean_std(train.images)
+    return Data(dataset, found.source, classes, mean, std, train, test, valid, kind.flip, digests, limit)
 
 
-def _digest(pixels: str, labels: Tensor) -> str:
-    """Of a split: its images' ``pixel_digest`` and its labels."""
-    return hashlib.sha256(pixels.encode() + labels.numpy().astype("<i8").tobytes()).hexdigest()[:32]
+def _nothing_there(dataset: str, folder: str) -> UserError:
+    wanted = "the folders train/<class>/ and test/<class>/ with PNG, JPEG or WebP images"
+    if dataset == "tiny-imagenet-200":
+        wanted = f"the unpacked {TINY_ARCHIVE} or {wanted}"
+    missing = "has no folder train" if os.path.isdir(folder) else "does not exist"
+    return UserError(f"data_dir {folder!r} {missing}; {dataset} needs {wanted} there")
+
+
+def split_digest(split: Split, pixels: str | None = None) -> str:
+    """32 hexadecimal digits that stand for the pixels and labels; ``pixels`` is their ``pixel_digest`` where known."""
+    pixels = pixels or pixel_digest(split.images.numpy())
+    return hashlib.sha256(pixels.encode() + split.labels.numpy().astype("<i8").tobytes()).hexdigest()[:32]
 
 
 def _choose(
@@ -298,60 +390,16 @@ def _choose(
 
 
 def _mean_std(images: Tensor) -> tuple[Colour, Colour]:
-    """Per channel, of 1, of uint8 images [N, 3, H, W]. Sums are of integers, so they are the same everywhere."""
-    total, squares = np.zeros(3), np.zeros(3)
-    for part in images.split(1024):
-        values = part.to(torch.int64)
-        total += values.sum(dim=(0, 2, 3)).numpy()
-        squares += values.square().sum(dim=(0, 2, 3)).numpy()
+    """Per channel of uint8 images [N, 3, H, W], for pixels in [0, 1]. Sums of integers are the same everywhere."""
+    total, squares = torch.zeros(2, 3, dtype=torch.int64)
+    height, width = images.shape[2:]
+    for part in images.split(max(1, PIECE // (height * width))):
+        for rows in part.split(max(1, PIECE // width), dim=2):
+            values = rows.to(torch.int64)  # eight bytes of each
+            total += values.sum(dim=(0, 2, 3))
+            squares += values.square_().sum(dim=(0, 2, 3))
     count = images.numel() / 3
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 1))  # at least one step of a byte: never a division by zero
+    mean = total.numpy() / count
+    variance = np.maximum(squares.numpy() / count - mean**2, 1)  # a step of a byte at least: never a division by zero
+    std = np.sqrt(variance)
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
-
-
-# -------------------------------------------------------------------------------------------------- digits, torchvision
-
-
-def _digits() -> tuple[list[str], Split, Split]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    small = (digits.images * (255 / 16)).round().astype(np.uint8)
-    large = np.stack([np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in small])
-    images = torch.from_numpy(large)[:, None].repeat(1, 3, 1, 1)
-    labels = torch.from_numpy(digits.target.astype(np.int64))
-    in_test = np.zeros(len(labels), bool)
-    rng = np.random.default_rng(0)
-    for label in range(10):
-        members = rng.permutation(np.flatnonzero(digits.target == label))
-        in_test[members[: round(len(members) / 5)]] = True
-    test = torch.from_numpy(in_test)
-    return [str(k) for k in range(10)], Split(images[~test], labels[~test]), Split(images[test], labels[test])
-
-
-def _torchvision_cifar(dataset: str, folder: str) -> tuple[list[str], Split, Split]:
-    from torchvision.datasets import CIFAR10, CIFAR100
-
-    source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # a silent firewall is no network either
-    try:
-        try:
-            train = source(folder, train=True)
-        except RuntimeError:  # not there, or not with the right checksums
-            train = source(folder, train=True, download=True)
-        test = source(folder, train=False)
-    except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
-        raise UserError(
-            f"{dataset} is not in {folder!r} and could not be downloaded ({one_line(error)}): put {source.filename} "
-            f"(md5 {source.tgz_md5}, from {source.url}) there, or its unpacked folder {source.base_folder}, "
-            "or an image tree train/<class>/, test/<class>/"
-        ) from None
-    finally:
-        socket.setdefaulttimeout(timeout)
-    splits = [
-        Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
-        for part in (train, test)
-    ]
-    return list(train.classes), splits[0], splits[1]

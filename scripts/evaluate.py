@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from load_data import Data, Split, test_batches
+from load_data import Data, Split, split_digest, test_batches
 from utils import checkpoint, options, records
 from utils.archive import atomic_write
 from utils.device import device_name, pick_device, prepare, set_precision
@@ -61,7 +61,7 @@ from utils.errors import BadArguments, UserError, exit_code
 from utils.options import Parser, number, one_of
 from utils.records import log
 from utils.robustness import CORRUPTIONS, SEVERITIES, calibration, corrupt, fgsm, pgd
-from utils.test_sets import BENCHMARK, Sets, corrupted_sets, corruptions_below, is_corrupted, open_set, split_digest
+from utils.test_sets import BENCHMARK, Sets, corrupted_sets, corruptions_below, is_corrupted, open_set
 from utils.train import hits
 
 PARTS = ("clean", "calibration", "corruptions", "fgsm", "pgd")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
+import resource
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +104,15 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 def weights(folder: Path, name: str = "checkpoint.pth.tar") -> dict[str, torch.Tensor]:
     return torch.load(folder / name, weights_only=True)["state_dict"]
+
+
+@contextmanager
+def limited_memory(spare: int) -> Iterator[None]:
+    """At most ``spare`` bytes more than now, as ``ulimit -v`` does it."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + spare, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)

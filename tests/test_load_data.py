@@ -11,6 +11,7 @@ import struct
 import tarfile
 import tempfile
 import warnings
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from torch import Tensor
 
 import load_data
 from load_data import NORMALISATION, Data, Split, load
+from tests.common import limited_memory
 from utils import images as image_files
-from utils.errors import UserError
+from utils.errors import OutOfMemory, UserError
 from utils.images import read_image
 
 
@@ -54,8 +56,8 @@ def make_tree(
 
 
 def quiet(dataset: str, folder: Path, **arguments: Any) -> Data:
-    """``load`` without a progress bar; a warning is a failure."""
-    return load(dataset, folder, **{"progress": False, "warn": pytest.fail, **arguments})
+    """``load``; a warning is a failure."""
+    return load(dataset, folder, **{"warn": pytest.fail, **arguments})
 
 
 def array(image: Tensor) -> np.ndarray:
@@ -65,7 +67,7 @@ def array(image: Tensor) -> np.ndarray:
 def refused(folder: Path, *words: str, dataset: str = "folder", **arguments: Any) -> None:
     """Loading raises one line that holds all ``words``."""
     with pytest.raises(UserError) as caught:
-        load(dataset, folder, progress=False, warn=lambda _: None, **arguments)
+        load(dataset, folder, warn=lambda _: None, **arguments)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     for word in words:
@@ -113,7 +115,6 @@ def test_jpeg_webp_upper_case_subfolders_and_hidden_names(tmp_path: Path) -> Non
     Image.fromarray(grey).save(cat / "more" / "A.JPEG")
     Image.fromarray(grey).save(cat / "b.webp", lossless=True)
     (cat / "._b.png").write_bytes(b"resource fork")
-    (cat / "notes.txt").write_text("not an image")
     (cat / ".checkpoints").mkdir()
     (tmp_path / "train" / ".trash").mkdir()
     data = quiet("folder", tmp_path)
@@ -121,15 +122,48 @@ def test_jpeg_webp_upper_case_subfolders_and_hidden_names(tmp_path: Path) -> Non
     assert (data.train.images[1:3] == 90).all()
 
 
+def warnings_of(dataset: str, folder: Path) -> list[str]:
+    lines: list[str] = []
+    load(dataset, folder, warn=lines.append)
+    return lines
+
+
 def test_pictures_in_other_formats_are_named_once(tmp_path: Path) -> None:
     make_tree(tmp_path)
     for name in ("a.bmp", "b.bmp"):
         Image.fromarray(pixels()).save(tmp_path / "train" / "cat" / name)
-    lines: list[str] = []
-    assert len(load("folder", tmp_path, progress=False, warn=lines.append).train) == 8
-    assert len(lines) == 1
-    assert "2 files" in lines[0]
-    assert "a.bmp" in lines[0]
+    (line,) = warnings_of("folder", tmp_path)
+    assert "2 files" in line
+    assert "a.bmp" in line
+    assert len(quiet("folder", tmp_path, warn=lambda line: None).train) == 8
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JFIF"])
+def test_less_usual_suffixes_of_jpeg(tmp_path: Path, suffix: str) -> None:
+    make_tree(tmp_path)
+    Image.fromarray(pixels()).save(tmp_path / "train" / "cat" / f"a{suffix}", "JPEG")
+    assert len(quiet("folder", tmp_path).train) == 9
+
+
+def test_no_visible_file_is_dropped_in_silence(tmp_path: Path) -> None:
+    make_tree(tmp_path)
+    (tmp_path / "train" / "stray.png").write_bytes((tmp_path / "train" / "cat" / "0.png").read_bytes())
+    (tmp_path / "train" / "cat" / "without_suffix").write_bytes((tmp_path / "train" / "cat" / "0.png").read_bytes())
+    (tmp_path / "test" / "notes.txt").write_text("not an image")
+    (tmp_path / "test" / "dog" / ".hidden").write_text("")
+    os.mkfifo(tmp_path / "test" / "dog" / "pipe")
+    (line,) = warnings_of("folder", tmp_path)
+    assert "4 files" in line
+    assert "test/dog/pipe" in line
+
+
+def test_published_files_beside_tiny_imagenets_images_are_no_news(tmp_path: Path) -> None:
+    root = make_tiny(tmp_path)
+    assert not warnings_of("tiny-imagenet-200", tmp_path)
+    (root / "val" / "stray.JPEG").write_bytes((root / "val" / "images" / "val_0.JPEG").read_bytes())
+    (line,) = warnings_of("tiny-imagenet-200", tmp_path)
+    assert "1 files" in line
+    assert "stray.JPEG" in line
 
 
 def make_tiny(root: Path) -> Path:
@@ -267,6 +301,21 @@ def test_mean_and_std_are_measured_on_the_training_images(tmp_path: Path) -> Non
     values = data.train.images.double() / 255
     assert torch.allclose(torch.tensor(data.mean).double(), values.mean(dim=(0, 2, 3)))
     assert torch.allclose(torch.tensor(data.std).double(), values.std(dim=(0, 2, 3), correction=0))
+
+
+@pytest.mark.parametrize("shape", [(2500, 3, 16, 12), (5, 3, 600, 700), (1, 3, 3, 2**20 + 5)])
+def test_pieces_change_nothing_of_mean_and_std(shape: tuple[int, ...]) -> None:
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    values = images.transpose(0, 1).flatten(1).to(torch.int64)
+    mean = values.sum(dim=1).numpy() / values.shape[1]
+    std = np.sqrt(values.square().sum(dim=1).numpy() / values.shape[1] - mean**2)
+    assert load_data._mean_std(images) == (tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
+
+
+def test_mean_and_std_take_little_memory() -> None:
+    images = torch.zeros(8, 3, 1024, 1024, dtype=torch.uint8)
+    with limited_memory(100 * 2**20):
+        load_data._mean_std(images)
 
 
 def test_images_of_one_colour_have_a_positive_std(tmp_path: Path) -> None:
@@ -471,6 +520,57 @@ def test_pipes_and_folders_with_image_names(tmp_path: Path) -> None:
     pipe.unlink()
     (path.parent / "folder.png").mkdir()
     assert len(quiet("folder", tmp_path).train) == 4
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    path = damage(tmp_path / "tree")
+    zero = path.parent / "zero.png"
+    zero.symlink_to("/dev/zero")
+    refused(tmp_path / "tree", repr(str(zero)), "not a file")
+    zero.unlink()
+    os.mkfifo(tmp_path / "pipe.png")
+    for source in (tmp_path / "pipe.png", Path("/dev/zero")):
+        with pytest.raises(UserError, match="not a regular file"):
+            read_image(str(source), 8, 8)
+        with pytest.raises(UserError, match="not a regular file"):
+            image_files.image_shape(str(source))
+        for dataset, name in (("folder", ".sage-cache-auto.npz"), ("tiny-imagenet-200", "val/val_annotations.txt")):
+            root = tmp_path / dataset
+            shutil.rmtree(root, ignore_errors=True)
+            make_tiny(root)
+            (root / name).unlink(missing_ok=True)
+            (root / name).symlink_to(source)
+            if dataset == "folder":
+                (root / "val" / "val_annotations.txt").unlink()
+                shutil.rmtree(root / "test")
+                shutil.copytree(root / "train", root / "test")
+                (line,) = [line for line in warnings_of(dataset, root) if "cache" in line]
+                assert "not a regular file" in line
+            else:
+                refused(root, "val_annotations.txt", "not a regular file", dataset=dataset)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "RGBA", "LA", "P"])
+def test_memory_of_decoding_is_a_few_times_that_of_the_pixels(tmp_path: Path, mode: str) -> None:
+    size = 2400, 2400
+    image = Image.new({"I;16": "I;16", "P": "P"}.get(mode, mode), size)
+    image.save(tmp_path / "a.png", compress_level=1, **({"transparency": 3} if mode == "P" else {}))
+    del image
+    with limited_memory(64 * 2**20):  # 11 bytes a pixel
+        assert read_image(str(tmp_path / "a.png"), 32, 32).shape == (32, 32, 3)
+
+
+def test_too_little_memory_to_decode_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tree(tmp_path)
+    with pytest.raises(OutOfMemory, match="12 images of 4000000×4000000"):
+        quiet("folder", tmp_path, image_size=4_000_000)
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(image_files.Image, "open", fail)
+    with pytest.raises(MemoryError):  # rather than a file that is said to be damaged
+        quiet("folder", tmp_path)
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root reads everything")
@@ -693,7 +793,7 @@ def test_damaged_cache_is_made_again(
     content[position % len(content)] ^= value
     path.write_bytes(content[:cut])
     lines: list[str] = []
-    assert same(load("folder", root, progress=False, warn=lines.append), data)
+    assert same(load("folder", root, warn=lines.append), data)
     assert len(lines) <= 1  # a byte that nobody reads may differ
     assert same(quiet("folder", root), data)
 
@@ -716,9 +816,40 @@ def test_foreign_caches_are_not_trusted(tmp_path: Path) -> None:
         with path.open("wb") as file:
             write(file)
         lines: list[str] = []
-        assert same(load("folder", tmp_path, progress=False, warn=lines.append), data)
+        assert same(load("folder", tmp_path, warn=lines.append), data)
         assert len(lines) == 1
         assert "decoded again" in lines[0]
+
+
+@pytest.mark.parametrize("shape", [(10**6, 10**6), (8, 3, 64, 64)])
+def test_a_cache_that_claims_more_than_it_holds_is_not_read(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    quiet("folder", make_tree(tmp_path))
+    path = tmp_path / ".sage-cache-auto.npz"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, header.getvalue() + content[128:] if name == "train.npy" else content)
+    lines: list[str] = []
+    load("folder", tmp_path, warn=lines.append)
+    assert len(lines) == 1
+    assert "another shape" in lines[0]
+    quiet("folder", tmp_path)
+
+
+def test_folders_that_are_no_text(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    try:
+        os.mkdir(folder)
+    except OSError:
+        pytest.skip("the file system does not take such names")
+    root = make_tree(Path(os.fsdecode(folder)))
+    for _ in range(2):
+        assert "\\xff" in quiet("folder", root).source.encode().decode()
+    (root / "train" / "cat" / "0.png").write_bytes(b"")
+    refused(root, "\\udcff")
 
 
 def test_data_dir_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -729,7 +860,7 @@ def test_data_dir_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(image_files, "atomic_write", refuse)
     lines: list[str] = []
-    assert len(load("folder", tmp_path, progress=False, warn=lines.append).train) == 8
+    assert len(load("folder", tmp_path, warn=lines.append).train) == 8
     assert len(lines) == 1
     assert "Read-only" in lines[0]
 
@@ -866,9 +997,9 @@ def test_more_labels_than_images_is_one_line(tmp_path: Path) -> None:
     make_tree(tmp_path, train=4)
     (tmp_path / "train" / "dog" / "0.png").unlink()
     lines: list[str] = []
-    data = load("folder", tmp_path, labels_per_class=4, progress=False, warn=lines.append)
+    data = load("folder", tmp_path, labels_per_class=4, warn=lines.append)
     assert data.train.labels.tolist() == [0] * 4 + [1] * 3
-    data = load("folder", tmp_path, labels_per_class=5000, valid_labels_per_class=1, progress=False, warn=lines.append)
+    data = load("folder", tmp_path, labels_per_class=5000, valid_labels_per_class=1, warn=lines.append)
     assert len(data.train) == 5
     assert len(lines) == 2
     assert "labels_per_class 4: class 'dog'" in lines[0]

@@ -27,7 +27,7 @@ from models import build_model
 
 from . import options, processes, records, runs
 from .archive import COMMENT_MARK, DamagedCheckpoint, atomic_write, link, load
-from .errors import BadArguments, UserError
+from .errors import BadArguments, UserError, is_out_of_memory
 from .records import log
 from .runs import Progress, Run
 
@@ -189,6 +189,8 @@ def well_formed(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"checkpoint {path} does not hold what it should: {error}") from error
 
 

@@ -1,7 +1,8 @@
 """Trees of image files: listing, decoding, and keeping what was decoded.
 
 A tree has ``train/<class>/`` and ``test/<class>/``, or ``val/<class>/`` where there is no ``test/``, with PNG, JPEG or
-WebP files, in subfolders too; names that begin with a dot are skipped. Classes are numbered by name.
+WebP files, in subfolders too. Classes are numbered by name. Names that begin with a dot are skipped; whatever else is
+no image by its suffix, or lies in no class folder, is left out with a warning.
 In Tiny-ImageNet-200 as published ``val/val_annotations.txt`` gives the classes of the test images; nothing is moved.
 
 How a pixel is read: grey is repeated, 16 bits keep the upper 8, CMYK and palettes are converted, transparency lies
@@ -15,14 +16,16 @@ again.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import stat
+import threading
 import unicodedata
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -31,16 +34,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from .archive import atomic_write, remove_leftovers
-from .errors import UserError
+from .archive import atomic_write, open_regular, remove_leftovers
+from .errors import UserError, is_out_of_memory, out_of_memory
 
 TINY_ARCHIVE = "tiny-imagenet-200.zip (http://cs231n.stanford.edu/tiny-imagenet-200.zip)"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-OTHER_SUFFIXES = (".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".jp2", ".jxl")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 2**26  # 67 megapixels: above every usual camera, below what a decompression bomb needs
+MANY_PIXELS = 2**24  # decoding takes about twelve bytes a pixel: above this size, two at a time
 MAX_COMMON_SIDE = 128
 CACHE_VERSION = 1
+
+_large_images = threading.BoundedSemaphore(2)
 
 
 class _File(NamedTuple):
@@ -49,30 +54,38 @@ class _File(NamedTuple):
     changed: int  # ns
 
 
-def tree_root(dataset: str, folder: str) -> str | None:
-    candidates = [folder, os.path.join(folder, dataset)] if dataset == "tiny-imagenet-200" else [folder]
-    return next((root for root in candidates if os.path.isdir(os.path.join(root, "train"))), None)
+class Reading(NamedTuple):
+    """How a tree is read.
+
+    Attributes:
+        size: height and width of the images; None: as they suggest.
+        cache: whether decoded images are kept beside the tree.
+        warn: called with one line about anything that the user should know.
+    """
+
+    size: int | None
+    cache: bool
+    warn: Callable[[str], None]
 
 
-def load_tree(
-    root: str, size: int | None, workers: int, cache: bool, progress: bool, warn: Callable[[str], None]
-) -> tuple[list[str], list[tuple[Tensor, Tensor, str]]]:
-    """The tree below ``root`` from its cache, else decoded (and cached). ``size`` None: as the images suggest.
+def load_tree(root: str, reading: Reading) -> tuple[list[str], list[tuple[Tensor, Tensor, str]]]:
+    """The tree below ``root`` from its cache, else decoded (and cached).
 
     Returns:
         the class names; for training and test the images [N, 3, H, W] uint8, the labels [N] and ``pixel_digest``.
     """
+    size, warn = reading.size, reading.warn
     classes, listings = _list_tree(root, warn)
     files = [[file for members in listing for file in members] for listing in listings]
     labels = [torch.tensor([k for k, members in enumerate(listing) for _ in members]) for listing in listings]
     key = _fingerprint(root, files, size)
     path = os.path.join(root, f".sage-cache-{size or 'auto'}.npz")
-    held = _read_cache(path, key, [len(part) for part in files], warn) if cache else None
-    images, digests = held or (decode(files, size, workers, progress), [])
+    held = _read_cache(path, key, [len(part) for part in files], warn) if reading.cache else None
+    images, digests = held or (decode(files, size), [])
     if not digests:  # decoded just now, or by a version that took none
         digests = [pixel_digest(part) for part in images]
         try:
-            if cache:
+            if reading.cache:
                 _write_cache(path, key, images, digests)
         except OSError as error:
             if held is None:
@@ -86,8 +99,9 @@ def _list_tree(root: str, warn: Callable[[str], None]) -> tuple[list[str], list[
     ignored: list[str] = []
     train = class_files(os.path.join(root, "train"), ignored)
     annotations = os.path.join(root, "val", "val_annotations.txt")
-    if os.path.isfile(annotations):
+    if os.path.lexists(annotations):
         other, test = "val", _annotated_files(annotations, ignored)
+        ignored = [path for path in ignored if not path.endswith("_boxes.txt")]  # one for each published class
     else:
         other = next((name for name in ("test", "val") if os.path.isdir(os.path.join(root, name))), "")
         if not other:
@@ -104,19 +118,20 @@ def _list_tree(root: str, warn: Callable[[str], None]) -> tuple[list[str], list[
     if len(train) < 2:
         raise UserError(f"{os.path.join(root, 'train')!r} holds one class folder; training needs two or more")
     if ignored:
-        warn(f"{len(ignored)} files that are not PNG, JPEG or WebP are left out, among them {min(ignored)!r}")
+        warn(what_is_left_out(ignored))
     classes = sorted(train)
     return classes, [[train[name] for name in classes], [test[name] for name in classes]]
 
 
+def what_is_left_out(ignored: Sequence[str]) -> str:
+    """A warning about the files that ``class_files`` left out."""
+    reason = "that are not PNG, JPEG or WebP by their suffix, or in no class folder,"
+    return f"{len(ignored)} files {reason} are left out, among them {min(ignored)!r}"
+
+
 def class_files(folder: str, ignored: list[str]) -> dict[str, list[_File]]:
-    """Image files of every class folder in ``folder``; other pictures are added to ``ignored``."""
-    try:
-        with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith(".")]
-            names = [entry.name for entry in visible if stat.S_ISDIR(entry.stat().st_mode)]
-    except OSError as error:
-        raise _unreadable(error, folder) from None
+    """Image files of every class folder in ``folder``; other visible files are added to ``ignored``."""
+    names = _folders_in(folder, ignored)
     if not names:
         raise UserError(f"{folder!r} holds no class folders; put the images into {os.path.join(folder, '<class>')!r}")
     found = {}
@@ -130,14 +145,33 @@ def class_files(folder: str, ignored: list[str]) -> dict[str, list[_File]]:
     return found
 
 
+def _folders_in(folder: str, ignored: list[str]) -> list[str]:
+    """Names of the folders in ``folder``; its visible files are added to ``ignored``."""
+    names = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if stat.S_ISDIR(entry.stat().st_mode):
+                    names.append(entry.name)
+                else:
+                    ignored.append(entry.path)
+    except OSError as error:
+        raise _unreadable(error, folder) from None
+    return names
+
+
 def _annotated_files(annotations: str, ignored: list[str]) -> dict[str, list[_File]]:
     """Files of Tiny-ImageNet's validation set by class: lines of ``val_annotations.txt`` begin with file and class."""
     folder = os.path.join(os.path.dirname(annotations), "images")
+    _folders_in(os.path.dirname(annotations), ignored)
+    ignored.remove(annotations)
     files = {os.path.relpath(file.path, folder): file for file in _files_below(folder, ignored)}
     found: dict[str, list[_File]] = {}
     try:
-        with open(annotations, encoding="utf-8") as lines:
-            rows = [line.split() for line in lines if line.strip()]
+        with open_regular(annotations) as lines:
+            rows = [line.decode().split() for line in lines if line.strip()]
     except UnicodeDecodeError:
         raise UserError(f"{annotations!r} is not text; unpack {TINY_ARCHIVE} again") from None
     except OSError as error:
@@ -176,7 +210,7 @@ def _files_below(folder: str, ignored: list[str]) -> list[_File]:
                         if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for ever
                             raise UserError(f"{entry.path!r} is not a file; remove it")
                         found.append(_File(entry.path, info.st_size, info.st_mtime_ns))
-                    elif name.endswith(OTHER_SUFFIXES):
+                    else:
                         ignored.append(entry.path)
         except OSError as error:
             raise _unreadable(error, current) from None
@@ -195,21 +229,21 @@ def one_line(error: BaseException) -> str:
 
 
 def decode(
-    files: Sequence[Sequence[_File]], size: int | tuple[int, int] | None, workers: int, progress: bool
+    files: Sequence[Sequence[_File]], size: int | tuple[int, int] | None, progress: bool = True
 ) -> list[np.ndarray]:
     """uint8 [N, 3, H, W] for every list of files, decoded by threads: Pillow lets them run beside each other."""
     total = sum(len(part) for part in files)
     with (
         warnings.catch_warnings(),
-        ThreadPoolExecutor(workers) as pool,
+        ThreadPoolExecutor(_cores()) as pool,
         tqdm(total=total, desc="decoding images", unit=" images", disable=None if progress else True) as bar,
     ):
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata, without a path
-        try:
-            height, width = (size, size) if isinstance(size, int) else size or _common_size(files)
+        height, width = (size, size) if isinstance(size, int) else size or _common_size(files)
+        with out_of_memory(f"{total} images of {height}×{width} do not fit into memory"):
             images = [np.empty((len(part), 3, height, width), np.uint8) for part in files]
 
-            def decode(job: tuple[int, int]) -> int:
+            def decode_some(job: tuple[int, int]) -> int:
                 part, first = job
                 chunk = files[part][first : first + 64]
                 for i, file in enumerate(chunk, first):
@@ -217,13 +251,12 @@ def decode(
                 return len(chunk)
 
             jobs = [(part, first) for part in range(len(files)) for first in range(0, len(files[part]), 64)]
-            for done in pool.map(decode, jobs):
-                bar.update(done)
-        except MemoryError:
-            raise UserError(f"{total} images do not fit into memory; choose a smaller image_size") from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            try:
+                for done in pool.map(decode_some, jobs):
+                    bar.update(done)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     return images
 
 
@@ -244,11 +277,13 @@ def image_shape(path: str) -> tuple[int, int]:
 def _opened(path: str) -> Iterator[Image.Image]:
     """A PNG, JPEG or WebP file; whatever goes wrong with it becomes a ``UserError`` with its path."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}×{image.height} pixels are too many")
             yield image
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        if is_out_of_memory(error):
+            raise
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "not a PNG, JPEG or WebP image" if unknown else getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"cannot read image {path!r}: {reason}; replace or remove it") from None
@@ -262,28 +297,36 @@ def read_image(path: str, height: int, width: int) -> np.ndarray:
     """
     with _opened(path) as opened:
         opened.draft(opened.mode, (2 * width, 2 * height))  # spares most of the work on a large photograph
-        image: Image.Image = opened
-        if "exif" in image.info:
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            image = _from_16_bit(image)
-        elif "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        if image.size != (width, height):
-            scale = min(image.width / width, image.height / height)
-            left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
-            box = (left, top, left + scale * width, top + scale * height)
-            image = image.resize((width, height), Image.Resampling.BICUBIC, box)
-        return np.asarray(image)
+        with _large_images if opened.width * opened.height > MANY_PIXELS else nullcontext():
+            image: Image.Image = opened
+            if "exif" in image.info:
+                image = ImageOps.exif_transpose(image)
+            if image.mode != "RGB" or "transparency" in image.info:
+                image = _in_colour(image)
+            if image.size != (width, height):
+                scale = min(image.width / width, image.height / height)
+                left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+                box = (left, top, left + scale * width, top + scale * height)
+                image = image.resize((width, height), Image.Resampling.BICUBIC, box)
+            return np.asarray(image)
 
 
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
-    grey = (values >> 8).clip(0, 255)
-    grey[values == image.info.get("transparency", -1)] = 255
-    return Image.fromarray(grey.astype(np.uint8))
+def _in_colour(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB: a band of rows after the other, so that what lies between takes no memory."""
+    coloured = Image.new("RGB", image.size)
+    rows = max(1, 2**18 // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        if band.mode.startswith("I"):
+            values = np.asarray(band)
+            grey = (values >> 8).clip(0, 255).astype(np.uint8)
+            grey[values == image.info.get("transparency", -1)] = 255
+            band = Image.fromarray(grey)
+        elif "A" in band.getbands() or "transparency" in image.info:
+            band = band.convert("RGBA")
+            band = Image.alpha_composite(Image.new("RGBA", band.size, "white"), band)
+        coloured.paste(band.convert("RGB"), (0, top))
+    return coloured
 
 
 def _fingerprint(root: str, files: Sequence[Sequence[_File]], size: int | None) -> str:
@@ -297,7 +340,7 @@ def pixel_digest(images: np.ndarray) -> str:
     """32 hexadecimal digits that stand for the pixels of uint8 images [N, 3, H, W], their order and their shape."""
     content = np.ascontiguousarray(images).reshape(-1).data
     pieces = [content[first : first + 2**22] for first in range(0, len(content), 2**22)]
-    with ThreadPoolExecutor(cores()) as pool:  # SHA-256 of pieces, which the cores share
+    with ThreadPoolExecutor(_cores()) as pool:  # SHA-256 of pieces, which the cores share
         digests = b"".join(pool.map(lambda piece: hashlib.sha256(piece).digest(), pieces))
     return hashlib.sha256(repr(images.shape).encode() + digests).hexdigest()[:32]
 
@@ -315,9 +358,8 @@ def _read_cache(
     """Training and test images and their ``pixel_digest`` (none in a cache of an older version), or None where the
     cache is missing, belongs to other files or is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.zip.infolist()):
-                raise ValueError("compressed")  # never written so: it could unpack to anything
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as archive:
+            _refuse_claims(archive.zip, os.fstat(file.fileno()).st_size)
             if archive["key"] != key:
                 return None
             images = [archive[name] for name in ("train", "test")]  # reading to the end compares the checksums
@@ -331,9 +373,26 @@ def _read_cache(
     except FileNotFoundError:
         return None
     except Exception as error:  # damaged archives, too, raise nearly anything
+        if is_out_of_memory(error):
+            raise
         warn(f"the cache {path!r} cannot be used ({one_line(error)}); the images are decoded again")
         return None
 
 
-def cores() -> int:
+def _refuse_claims(archive: zipfile.ZipFile, size: int) -> None:
+    """Raise where reading the arrays of an archive of ``size`` bytes would take more memory than that."""
+    members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("compressed")  # never written so: it could unpack to anything
+    if sum(member.file_size for member in members) > size:
+        raise ValueError("larger than its file")
+    for member in members:
+        with archive.open(member) as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            if math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
+                raise ValueError("of another shape")
+
+
+def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

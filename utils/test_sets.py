@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from load_data import Data, Split
 
 from .errors import BadArguments, UserError
-from .images import class_files, cores, decode, pixel_digest
+from .images import class_files, decode, what_is_left_out
 from .robustness import SEVERITIES
 
 BENCHMARK = {  # the published corruptions in the mean; speckle_noise, gaussian_blur, spatter and saturate are extra
@@ -107,7 +106,7 @@ def corrupted_tree(path: Path, data: Data, choose: Callable[[np.ndarray], np.nda
             files = [file for name in known for file in found[name]]
             labels = np.array([data.classes.index(name) for name in known for _ in found[name]])
             chosen = choose(labels)
-            (images,) = decode([[files[i] for i in chosen]], data.image_size, cores(), progress=False)
+            (images,) = decode([[files[i] for i in chosen]], data.image_size, progress=False)
             yield corruption.name, severity, Split(torch.from_numpy(images), torch.from_numpy(labels[chosen]))
 
 
@@ -121,8 +120,8 @@ def read_tree(folder: Path, data: Data, warn: Callable[[str], None]) -> Split:
             f"{folder}: {len(unknown)} folders that are no class of the network are left out, among them {unknown[0]!r}"
         )
     if ignored:
-        warn(f"{len(ignored)} files that are not PNG, JPEG or WebP are left out, among them {min(ignored)!r}")
-    (images,) = decode([[file for name in known for file in found[name]]], data.image_size, cores(), progress=True)
+        warn(what_is_left_out(ignored))
+    (images,) = decode([[file for name in known for file in found[name]]], data.image_size)
     labels = [data.classes.index(name) for name in known for _ in found[name]]
     return Split(torch.from_numpy(images), torch.tensor(labels))
 
@@ -167,9 +166,3 @@ def read_array(path: Path) -> np.ndarray:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise UserError(f"{path} cannot be read as an array: {error}") from error
-
-
-def split_digest(split: Split) -> str:
-    """32 hexadecimal digits that stand for the pixels and labels."""
-    labels = split.labels.numpy().astype("<i8").tobytes()
-    return hashlib.sha256(pixel_digest(split.images.numpy()).encode() + labels).hexdigest()[:32]
