@@ -168,76 +168,80 @@ def _minimise(
     """
     parts, cells, n = cost.shape
     g = math.isqrt(cells)
-    beta, gamma, threshold = values.beta / cells, values.gamma / cells, values.threshold * cells
-    part = np.arange(parts)[:, None]
-    sources = np.stack((start, start), axis=3)
-    counts = _count(sources, n)  # [P, outputs, images]
+    beta, gamma = values.beta / cells, values.gamma / cells
+    halves = np.stack((start, start), axis=3)  # the two images of each cell
+    counts = _count(halves, n)  # [P, outputs, images]
     total = counts.sum(axis=1)
     extra = np.zeros((parts, n, n), np.float32)
     done, before = np.zeros(parts, np.bool_), np.full(parts, np.inf)
-
     # Labels 0 … n−1 are the images, n … n+2 soft: which two images one means differs from cut to cut.
-    labels, soft = n + 3, n + np.arange(3)
     images = np.broadcast_to(np.arange(n)[:, None], (parts, n, 2))
     _, potts, down, across = scale_floats(
-        0.0, 1 - np.eye(labels), np.full((g - 1, g), beta, np.float32), np.full((g, g - 1), beta, np.float32)
+        0.0, 1 - np.eye(n + 3), np.full((g - 1, g), beta, np.float32), np.full((g, g - 1), beta, np.float32)
     )
-    close = int(SOFT_DISTANCE * DISTANCE_SCALE)
-    distance = np.tile(potts, (parts, 1, 1))
-    seams = np.zeros((g, g), np.int64)  # weight of all edges of a cell
-    for view, edges in ((seams[:-1], down), (seams[1:], down), (seams[:, :-1], across), (seams[:, 1:], across)):
-        view += edges
-    margin = (seams * DISTANCE_SCALE).reshape(cells, 1, 1)
-    beyond = int(margin.max()) + 1
+    potts = np.broadcast_to(potts, (parts, n + 3, n + 3))
+    margin = _edges_of_cells(down, across).reshape(cells, 1, 1) * DISTANCE_SCALE
 
     for index in range(values.iterations):
         if index > 0:
-            pairs_of, number_of = _soft_pairs(counts)
+            pairs, number = _soft_pairs(counts)
         for o in range(n):
             total -= counts[:, o]
-            load = (matrix @ total[:, :, None])[:, :, 0]
-            over = load > threshold
-            modular = (
-                (matrix @ (total * over)[:, :, None])[:, :, 0]
-                if values.threshold_type == "hard"
-                else (load - threshold) * over
-            )
-            unary = cost + 2 * gamma * modular[:, None] + gamma * extra[:, o, None]
-            energy, images_of = (unary * UNARY_SCALE).astype(np.int64), images
+            penalty = _modular(matrix, total, values.threshold * cells, values.threshold_type == "hard")
+            unary = cost + 2 * gamma * penalty[:, None] + gamma * extra[:, o, None]
+            energy, meaning, distance = (unary * UNARY_SCALE).astype(np.int64), images, potts[:, :n, :n]
             if index > 0:
-                pairs, number = pairs_of[:, o], number_of[:, o]
-                both = unary[part[..., None, None], np.arange(cells)[:, None, None], pairs[:, None]]
-                means = (((both[..., 0] + both[..., 1]) / 2 - SOFT_BONUS) * UNARY_SCALE).astype(np.int64)
-                means = np.where(np.arange(3) < number[:, None], means, np.abs(energy).max() + beyond)
-                energy = np.concatenate((energy, means), axis=2)
-                images_of = np.concatenate((images, pairs), axis=1)
-                distance[:, n:] = potts[n:]
-                for k in (0, 1):
-                    distance[part, soft, pairs[:, :, k]] = close
-                distance[:, :, n:] = distance[:, n:].transpose(0, 2, 1)
-            by_cell = energy.swapaxes(0, 1)
-            beats = (by_cell[:, :, None] > (by_cell + margin)[..., None]).all(axis=0)
-            wins, loses = _bits(beats), _bits(beats.transpose(0, 2, 1))
+                absent = np.abs(energy).max() + margin.max() + 1  # beaten by every image in every cell
+                soft = np.where(np.arange(3) < number[:, o, None], _soft_energy(unary, pairs[:, o]), absent)
+                energy, meaning = np.concatenate((energy, soft), axis=2), np.concatenate((images, pairs[:, o]), axis=1)
+                distance = _with_soft_distances(potts, pairs[:, o])
             active = np.flatnonzero(~done)
-            allowed = [_reachable(wins[p], loses[p]) for p in active]
-            used = energy.shape[2]
-            chosen = swap_each(
-                energy[active].reshape(-1, g, g, used), distance[active, :used, :used], down, across, allowed
-            ).reshape(-1, cells)
-            sources[active, o] = images_of[active[:, None], chosen]
-            counts[:, o] = _count(sources[:, o], n)
+            energy = energy[active]
+            grids = energy.reshape(active.size, g, g, -1)
+            labels = swap_each(grids, distance[active], down, across, _within_reach(energy, margin))
+            halves[active, o] = meaning[active[:, None], labels.reshape(-1, cells)]
+            counts[:, o] = _count(halves[:, o], n)
             total += counts[:, o]
 
         if values.set_resolve and index == values.iterations - 2:
             extra = np.stack([_resolve(x) for x in counts])
-        halves = sources.reshape(parts, n, g, g, 2)
-        mask = _dense(halves[..., 0], halves[..., 1], n)
+        mask = _dense(halves[..., 0], halves[..., 1], n).reshape(parts, n, g, g, n)
         value = _objective(cost, mask, counts, beta, gamma)
         done |= np.abs(before - value) < 1e-6 * np.abs(before)
         before = value
         if done.all():
             break
-    return sources[..., 0], sources[..., 1]
+    return halves[..., 0], halves[..., 1]
+
+
+def _modular(
+    matrix: NDArray[np.float32], total: NDArray[np.float32], threshold: float, hard: bool
+) -> NDArray[np.float32]:
+    """What images [P, n] cost beyond their own because the other outputs use them in ``total`` cells."""
+    load = (matrix @ total[:, :, None])[:, :, 0]
+    over = load > threshold
+    return (matrix @ (total * over)[:, :, None])[:, :, 0] if hard else (load - threshold) * over
+
+
+def _edges_of_cells(down: NDArray[np.int64], across: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Weight [g, g] of all edges of each cell."""
+    seams = np.pad(down, ((0, 1), (0, 0))) + np.pad(down, ((1, 0), (0, 0)))
+    return seams + np.pad(across, ((0, 0), (0, 1))) + np.pad(across, ((0, 0), (1, 0)))
+
+
+def _soft_energy(unary: NDArray[np.float32], pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Energy [P, G, 3] of the soft labels that mean these pairs [P, 3, 2] of images."""
+    parts, cells, _ = unary.shape
+    both = unary[np.arange(parts)[:, None, None, None], np.arange(cells)[:, None, None], pairs[:, None]]
+    return (((both[..., 0] + both[..., 1]) / 2 - SOFT_BONUS) * UNARY_SCALE).astype(np.int64)
+
+
+def _with_soft_distances(potts: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Distances [P, n+3, n+3] of labels the last three of which mean these pairs [P, 3, 2] of images."""
+    distance, part, soft = potts.copy(), np.arange(len(potts))[:, None], np.arange(-3, 0)
+    for image in (pairs[:, :, 0], pairs[:, :, 1]):
+        distance[part, soft, image] = distance[part, image, soft] = int(SOFT_DISTANCE * DISTANCE_SCALE)
+    return distance
 
 
 def _count(sources: NDArray[np.int64], n: int) -> NDArray[np.float32]:
@@ -260,6 +264,13 @@ def _soft_pairs(counts: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray
     top.sort(axis=-1)
     pairs = np.minimum(top, n - 1)[..., [[0, 1], [0, 2], [1, 2]]]
     return pairs, np.array([0, 0, 1, 3])[np.minimum(used, 3), None]
+
+
+def _within_reach(energy: NDArray[np.int64], margin: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Labels of each part that matter, of ``energy`` [P, G, L] and weights ``margin`` [G, 1, 1] of a cell's edges."""
+    by_cell = np.ascontiguousarray(energy.swapaxes(0, 1))
+    beats = np.logical_and.reduce(by_cell[:, :, None] > (by_cell + margin)[..., None])
+    return [_reachable(*rows) for rows in zip(_bits(beats), _bits(beats.transpose(0, 2, 1)), strict=True)]
 
 
 def _reachable(wins: list[int], loses: list[int]) -> NDArray[np.int64]:
@@ -306,7 +317,9 @@ def _reachable(wins: list[int], loses: list[int]) -> NDArray[np.int64]:
 def _bits(rows: NDArray[np.bool_]) -> list[list[int]]:
     """Rows of booleans [P, L, L] to integers, the first column being the lowest bit."""
     count = rows.shape[1]
-    return (rows @ np.array([1 << bit for bit in range(count)], np.int64 if count < 64 else object)).tolist()
+    if count <= 53:  # doubles hold the integers
+        return (rows @ 2.0 ** np.arange(count)).astype(np.int64).tolist()
+    return (rows @ np.array([1 << bit for bit in range(count)], object)).tolist()
 
 
 def _resolve(counts: NDArray[np.float32]) -> NDArray[np.float32]:

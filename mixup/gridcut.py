@@ -261,21 +261,12 @@ def _swap_side_by_side(
     [H−1, W, N] and [H, W−1, N].
     """
     grids, height, width, _ = unary.shape
-    cells, count, grid = height * width, max(x.size for x in allowed), np.arange(grids)
-    names, missing = np.zeros((grids, count), np.int64), np.ones((grids, count), np.bool_)
-    for b, chosen in enumerate(allowed):
-        names[b, : chosen.size], missing[b, : chosen.size] = chosen, False
+    cells, grid = height * width, np.arange(grids)
+    names, alone, table, scale = _tables(unary.reshape(grids, cells, -1), distance, allowed)
+    count = names.shape[1]
     if count == 1:
         return np.broadcast_to(names[:, None], (grids, height, width))
     alphas, betas, order = _pairs(count)
-    # Of equal energies the one with more of the lower label wins: a little more for a higher label makes them unequal.
-    scale = float(cells * count + 1)
-    alone = np.take_along_axis(unary.reshape(grids, cells, -1), names[:, None], axis=2).swapaxes(0, 1) * scale
-    alone += np.where(missing, np.inf, np.arange(count))
-    # what a cell adds to its neighbours' sums: which label it has, and how far each label is from that
-    table = np.empty((grids, count, 2 * count))
-    table[..., :count] = np.eye(count)
-    table[..., count:] = distance[grid[:, None, None], names[:, :, None], names[:, None]] * scale
     edges = _adjacency(vertical, horizontal)
     vertical, horizontal = vertical[..., None].astype(np.float64), horizontal[..., None].astype(np.float64)
 
@@ -321,8 +312,35 @@ def _swap_side_by_side(
         labels[:, at], solved[at], moved_last[at], end[at] = new[:, moved], pair, pair, order.size
 
 
+def _tables(
+    unary: NDArray, distance: NDArray, allowed: Sequence[NDArray[np.int64]]
+) -> tuple[NDArray[np.int64], NDArray, NDArray, float]:
+    """A grid's labels counted from 0, as doubles.
+
+    Returns:
+        names: [B, L'] which label each is, ``allowed`` in a table.
+        alone: [cells, B, L'] its cost aside from edges, times ``scale``; infinite where a grid has fewer.
+        table: [B, L', 2L'] what a cell adds to the sums of its neighbours: which label it has, and how far each label
+            is from that, times ``scale``.
+        scale: more than the sum of the little that a higher label costs in addition, so that of two labellings of
+            equal energy the one with more of the lower label wins.
+    """
+    grids, cells, _ = unary.shape
+    count, grid = max(x.size for x in allowed), np.arange(grids)[:, None]
+    names, missing = np.zeros((grids, count), np.int64), np.ones((grids, count), np.bool_)
+    for b, labels in enumerate(allowed):
+        names[b, : labels.size], missing[b, : labels.size] = labels, False
+    scale = float(cells * count + 1)
+    alone = np.take_along_axis(unary, names[:, None], axis=2).swapaxes(0, 1) * scale
+    alone += np.where(missing, np.inf, np.arange(count))
+    table = np.empty((grids, count, 2 * count))
+    table[..., :count] = np.eye(count)
+    table[..., count:] = distance[grid[..., None], names[:, :, None], names[:, None]] * scale
+    return names, alone, table, scale
+
+
 def _movable(own: NDArray, around: NDArray, within: NDArray, paid: NDArray) -> NDArray:
-    """[B, L, L]: 0 where the swap of a pair certainly leaves a grid as it is.
+    """[B, L, L]: False where the swap of a pair certainly leaves a grid as it is.
 
     That is where no cell of either label gains by taking the other, be it spared the edges to its own label: an upper
     bound on its part in the gain of any group of cells.
