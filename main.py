@@ -30,7 +30,7 @@ from utils.device import pick_device, prepare, set_precision
 from utils.errors import BadArguments, StopSignal, exit_code
 from utils.processes import World
 from utils.records import log
-from utils.runs import Progress, Run, Training
+from utils.runs import Identity, Progress, Run, Training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,17 +51,20 @@ def train(args: argparse.Namespace, given: set[str]) -> int:
     folder = None if args.log_off or world.rank > 0 else Path(args.root_dir) / runs.run_name(args, method)
     stop = StopSignal().listen()
     with runs.hold(folder, args.overwrite, args.resume) as lock:
-        if processes.from_first(runs.is_finished(folder, runs.run_settings(args, method))):
-            processes.leave()
-            return 0
-        records.start_log(folder / "log.txt" if folder else None, quiet=world.rank > 0)
+        records.start_log(quiet=world.rank > 0)
         if warning:
             log.warning(f"warning: {warning}")
         with processes.one_first(world):  # one process of a machine decodes and caches the images
             data = options.load_images(args, given)
         run = make_run(args, data, device, world)
         run.folder, run.lock, run.stop, run.resume = folder, lock, stop, args.resume
-        checkpoint.restore(run)
+        resumed = checkpoint.read_resume(run, args.resume)
+        if processes.from_first(checkpoint.is_finished(run)):
+            runs.write_missing_config(run, vars(args))
+            processes.leave()
+            return 0
+        records.log_into(folder / "log.txt" if folder else None)
+        checkpoint.restore(run, resumed)
         runs.write_config(run, vars(args))
         log.info(run.describe())
         stop.training = True
@@ -95,8 +98,9 @@ def make_run(args: argparse.Namespace, data: Data, device: torch.device, world: 
         model.parameters(), args.learning_rate, args.momentum, weight_decay=args.decay, nesterov=args.momentum > 0,
         fused=True if args.fast else None,
     )  # fmt: skip
-    settings, progress = runs.run_settings(args, method), Progress(args.start_epoch)
-    return Run(options.pick(Training, args), settings, data, method, model, optimizer, device, progress, world)
+    identity = Identity(runs.run_settings(args, method, data.limit), data.digests)
+    training, progress = options.pick(Training, args), Progress(args.start_epoch)
+    return Run(training, identity, data, method, model, optimizer, device, progress, world)
 
 
 def refuse_batch_size(size: int, images: int, world: World) -> None:
@@ -112,7 +116,7 @@ def refuse_batch_size(size: int, images: int, world: World) -> None:
 def evaluate(args: argparse.Namespace, given: set[str]) -> int:
     """Print the test numbers of a checkpoint; settings that are not given are the checkpoint's."""
     device, warning = pick_device(args.ngpu)
-    records.start_log(None)
+    records.start_log()
     if warning:
         log.warning(f"warning: {warning}")
     set_precision(args.deterministic)

@@ -148,7 +148,7 @@ def named_path(text: str) -> tuple[str, Path]:
 def evaluate(args: argparse.Namespace, given: set[str]) -> int:
     """Every part that was asked for."""
     device, warning = pick_device(args.ngpu)
-    records.start_log(None)
+    records.start_log()
     if warning:
         log.warning(f"warning: {warning}")
     set_precision(False)

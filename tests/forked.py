@@ -162,5 +162,5 @@ def kill_in_save(folder: str, operation: int, pipe: Connection) -> None:
             for name in ("open", "write", "fsync", "chmod", "link", "unlink", "replace", "close"):
                 _call_before(f"os:{name}", before)
         state = {"sage": 1, "state_dict": {"weight": torch.full((300,), float(epoch))}, "progress": {"epoch": epoch}}
-        checkpoint.save(state, Path(folder), best=True)
+        checkpoint.save(state, Path(folder), best=state)
     pipe.send(done["operations"])

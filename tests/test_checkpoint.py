@@ -28,7 +28,7 @@ def state(epoch: int) -> dict[str, Any]:
 
 def test_last_previous_and_best_are_kept(tmp_path: Path) -> None:
     for epoch in range(3):
-        checkpoint.save(state(epoch), tmp_path, best=epoch == 1)
+        checkpoint.save(state(epoch), tmp_path, best=state(epoch) if epoch == 1 else None)
     found = {name: archive.load(tmp_path / name)["progress"]["epoch"] for name in os.listdir(tmp_path)}
     assert found == {checkpoint.LAST: 2, checkpoint.PREVIOUS: 1, checkpoint.BEST: 1}
 

@@ -59,7 +59,7 @@ def whole(words: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def stopped_once(words: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("stopped")
-    first = partial(forked.send_at, "mixup.vanilla:bce_loss", signal.SIGTERM, call=6)
+    first = partial(forked.send_at, "utils.train:draw", signal.SIGTERM, call=6)
     code, said = forked.start(*words, "--root_dir", root, first=first).end()
     assert code == 143, said
     (folder,) = root.iterdir()
@@ -273,7 +273,7 @@ def test_folder_without_permission(words: list[object], stopped: Path, whole: Pa
 
 def paused(words: list[object], root: Path) -> forked.Child:
     """A run that holds its folder, and stands still in its third step."""
-    first = partial(forked.send_at, "mixup.vanilla:bce_loss", signal.SIGSTOP, call=3)
+    first = partial(forked.send_at, "utils.train:draw", signal.SIGSTOP, call=3)
     child = forked.start(*words, "--root_dir", root, first=first)
     while not forked.is_stopped(child):
         time.sleep(0.01)
@@ -351,9 +351,9 @@ def test_overwrite_of_nothing(words: list[object], tmp_path: Path, whole: Path) 
         ("utils.images:_list_tree", 1, [signal.SIGTERM], 143),
         ("utils.images:_list_tree", 1, [signal.SIGINT], 130),
         ("utils.images:_list_tree", 1, [signal.SIGUSR1], 143),
-        ("mixup.vanilla:bce_loss", 2, [signal.SIGTERM], 143),
-        ("mixup.vanilla:bce_loss", 4, [signal.SIGINT], 130),
-        ("mixup.vanilla:bce_loss", 5, [signal.SIGUSR1], 143),
+        ("utils.train:draw", 2, [signal.SIGTERM], 143),
+        ("utils.train:draw", 4, [signal.SIGINT], 130),
+        ("utils.train:draw", 5, [signal.SIGUSR1], 143),
         ("utils.train:test_batches", 1, [signal.SIGTERM], 143),
         ("utils.checkpoint:link", 3, [signal.SIGINT], 130),
         ("utils.checkpoint:link", 3, [signal.SIGINT, signal.SIGINT], 130),
@@ -444,12 +444,208 @@ def test_other_images_are_not_the_same_run(words: list[object], stopped: Path, t
 
 def test_resumed_elsewhere_and_killed_it_continues_there(words: list[object], stopped: Path, whole: Path) -> None:
     other = [*words, "--root_dir", stopped.parent / "other", "--resume", stopped / checkpoint.LAST]
-    child = forked.start(*other, first=partial(forked.send_at, "mixup.vanilla:bce_loss", signal.SIGKILL, call=2))
+    child = forked.start(*other, first=partial(forked.send_at, "utils.train:draw", signal.SIGKILL, call=2))
     assert child.end()[0] == -signal.SIGKILL
     said = finish(*other)
     assert "continuing in epoch 1, step 3" in said
     shutil.copy(stopped / checkpoint.BEST, stopped.parent / "other" / whole.name)
     assert_same(stopped.parent / "other" / whole.name, whole)
+
+
+# ------------------------------------------------------------------------------------- what a run is, and what goes on
+
+
+def refused(code: int, *words: object) -> str:
+    """What a command says that must fail with this exit code, in one line."""
+    found, said = forked.start(*words).end()
+    assert found == code, said
+    assert_one_line(said)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("more", "difference"),
+    [
+        ("--method sage", "--method: vanilla there, sage here"),
+        ("--seed 3", "--seed: 0 there, 3 here"),
+        ("--batch_size 6", "--batch_size: 8 there, 6 here"),
+        ("--epochs 3 --gammas 0.2", "--gammas: [0.1] there, [0.2] here"),
+        ("--labels_per_class 9", "--labels_per_class: None there, 9 here"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(
+    words: list[object], whole: Path, stopped: Path, tmp_path: Path, more: str, difference: str
+) -> None:
+    for path in (whole, stopped):
+        resume = ["--resume", path / checkpoint.LAST, "--root_dir", tmp_path / "new"]
+        said = refused(2, *words, *resume, *more.split())
+        assert difference in said
+        assert "may differ" in said
+    assert not list(tmp_path.glob("new/*/*.tar"))
+
+
+def test_a_run_is_trained_longer(words: list[object], whole: Path, tmp_path: Path) -> None:
+    """As if it had been meant to be that long; the way is named where more epochs are refused."""
+    longer = ["--epochs", 3, "--schedule", 1, 2, "--gammas", 0.1, 0.5]
+    said = refused(2, *words, "--root_dir", whole.parent, *longer)
+    assert "--resume THAT_FOLDER/checkpoint.pth.tar --add_name longer" in said
+    mine = [*words, *longer, "--root_dir", tmp_path, "--add_name", "longer"]
+    resume = ["--resume", whole / checkpoint.LAST]
+    first = partial(forked.send_at, "utils.train:draw", signal.SIGTERM, call=2)
+    assert forked.start(*mine, *resume, first=first).end()[0] == 143
+    assert "continuing in epoch 2, step 2" in finish(*mine, *resume)
+    (folder,) = tmp_path.iterdir()
+    finish(*words, *longer, "--root_dir", tmp_path / "at once", "--add_name", "longer")
+    (expected,) = (tmp_path / "at once").iterdir()
+    assert rows(folder) == rows(expected)
+    ours, theirs = (archive.load(path / checkpoint.LAST) for path in (folder, expected))
+    assert all(torch.equal(ours["state_dict"][key], value) for key, value in theirs["state_dict"].items())
+    assert (ours["settings"], ours["digests"], ours["origin"]) == (theirs["settings"], theirs["digests"], None)
+    assert (folder / checkpoint.BEST).exists()
+    assert "--epochs 1: " in refused(2, *words, "--epochs", 1, "--root_dir", tmp_path / "short", *resume)
+    assert "--start_epoch: 0 there, 1 here" in refused(
+        2, *mine, "--start_epoch", 1, "--root_dir", tmp_path / "late", *resume
+    )
+
+
+def test_begun_from_weights(words: list[object], whole: Path, stopped: Path, tmp_path: Path) -> None:
+    torch.save(archive.load(whole / checkpoint.LAST)["state_dict"], tmp_path / "weights.pth")
+    resume = ["--resume", tmp_path / "weights.pth"]
+    assert "begun from random weights there" in refused(1, *words, "--root_dir", stopped.parent, *resume)
+    mine = [*words, "--root_dir", tmp_path / "new", *resume]
+    first = partial(forked.send_at, "utils.train:draw", signal.SIGTERM, call=2)
+    code, said = forked.start(*mine, first=first).end()
+    assert code == 143
+    assert "the optimiser starts anew at epoch 0" in said
+    assert "continuing in epoch 0, step 2" in finish(*mine)
+    (folder,) = (tmp_path / "new").iterdir()
+    origin = json.loads((folder / "config.json").read_text())["origin"]
+    assert origin == archive.load(folder / checkpoint.BEST)["origin"]
+    assert len(origin) == 32
+    assert "begun from weights" in refused(1, *mine[:-2])
+
+
+@pytest.mark.parametrize(("split", "name"), [("train", "training"), ("test", "test")])
+def test_one_pixel_makes_another_run(
+    words: list[object], whole: Path, stopped: Path, tree: Path, tmp_path: Path, split: str, name: str
+) -> None:
+    path = shutil.copytree(tree, tmp_path / "tree") / split / "dark" / "0.png"
+    with Image.open(path) as image:
+        image.putpixel((3, 4), (1, 2, 3))
+        image.save(path)
+    for folder in (whole, stopped):
+        more = ["--data_dir", tmp_path / "tree", "--root_dir", folder.parent]
+        assert f"other {name} images: digest " in refused(1, *words, *more)
+    (stopped / "config.json").unlink()
+    assert f"other {name} images: digest " in refused(1, *words, *more)
+    assert f"other {name} images: digest " in refused(
+        2, *words, *more, "--resume", whole / checkpoint.LAST, "--add_name", "longer"
+    )
+
+
+def as_before_digests(folder: Path) -> None:
+    """Make a folder one of the versions that kept no digests, and wrote down the flag of a limit that was none."""
+    config = json.loads((folder / "config.json").read_text())
+    states = {name: archive.load(folder / name) for name in (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST)}
+    for content in (config, *states.values()):
+        for name in ("digests", "origin", "image_size"):
+            content.pop(name, None)
+        content["settings"]["labels_per_class"] = 5000
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, state in states.items():
+        checkpoint.save(state, folder)
+        os.replace(folder / checkpoint.LAST, folder / name) if name != checkpoint.LAST else None
+    checkpoint.save(states[checkpoint.LAST], folder)
+
+
+def test_a_run_of_an_older_version_goes_on(words: list[object], whole: Path, stopped: Path, tmp_path: Path) -> None:
+    as_before_digests(stopped)
+    said = finish(*words, "--root_dir", stopped.parent)
+    assert said.count("is of an older version, which kept no digest") >= 1
+    assert_same(stopped, whole)
+    finished = shutil.copytree(whole, tmp_path / whole.name)
+    as_before_digests(finished)
+    assert "is finished" in finish(*words, "--root_dir", tmp_path)
+    assert "--decay" in refused(2, *words, "--root_dir", tmp_path, "--decay", 0.5)
+
+
+def test_a_result_of_another_run_does_not_finish_this_one(words: list[object], whole: Path, stopped: Path) -> None:
+    shutil.copy(whole / "result.json", stopped)
+    said = finish(*words, "--root_dir", stopped.parent)
+    assert "is not of this run" in said
+    assert "continuing in epoch 1" in said
+    assert_same(stopped, whole)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.csv"])
+def test_a_finished_run_without_a_record(words: list[object], whole: Path, tmp_path: Path, name: str) -> None:
+    """It hides no other settings, and what is missing is written anew."""
+    folder = shutil.copytree(whole, tmp_path / whole.name)
+    (folder / name).unlink()
+    assert "--decay: 0.0001 there, 0.5 here" in refused(2, *words, "--root_dir", tmp_path, "--decay", 0.5)
+    assert "is finished" in finish(*words, "--root_dir", tmp_path)
+    assert_same(folder, whole)
+    assert json.loads((folder / "config.json").read_text())["settings"]["decay"] == 0.0001
+    for path in (folder / "config.json", *folder.glob("*.tar")):
+        path.unlink()
+    assert "neither a config.json nor a checkpoint" in refused(1, *words, "--root_dir", tmp_path)
+
+
+def test_links_to_a_disk_that_is_not_mounted(words: list[object], stopped: Path, tmp_path: Path, whole: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    for path in stopped.glob("*.tar"):
+        path.rename(tmp_path / "scratch" / path.name)
+        path.symlink_to(tmp_path / "scratch" / path.name)
+    (tmp_path / "scratch").rename(tmp_path / "away")
+    assert "is its disk mounted" in refused(1, *words, "--root_dir", stopped.parent)
+    (tmp_path / "away").rename(tmp_path / "scratch")
+    finish(*words, "--root_dir", stopped.parent)
+    assert_same(stopped, whole)
+
+
+def test_a_short_run_is_saved_once(words: list[object], tmp_path: Path, whole: Path) -> None:
+    finish(*words, "--root_dir", tmp_path, "--checkpoint_minutes", 5)
+    folder = tmp_path / whole.name
+    assert_same(folder, whole)
+    assert sorted(path.name for path in folder.glob("*.tar")) == [checkpoint.LAST, checkpoint.BEST]
+
+
+def test_the_best_epoch_is_the_validation_sets(words: list[object], tmp_path: Path) -> None:
+    finish(*words, "--root_dir", tmp_path, "--valid_labels_per_class", 4, "--epochs", 6)
+    (folder,) = tmp_path.iterdir()
+    result, found = json.loads((folder / "result.json").read_text()), rows(folder)
+    best = max(found, key=lambda row: float(row["valid_top1"]))
+    assert (result["best_epoch"], result["best_top1"]) == (int(best["epoch"]), float(best["test_top1"]))
+    assert float(found[-1]["best_top1"]) == result["best_top1"]
+    assert archive.load(folder / checkpoint.BEST)["progress"]["epoch"] == result["best_epoch"] + 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epoch": -1},
+        {"epoch": True},
+        {"step": 2**40},
+        {"step": 5},
+        {"seconds": "long"},
+        {"sums": [0.0, float("nan"), 0.0, 0.0]},
+        {"sums": "four"},
+        {"rows": [{}]},
+        {"rows": "many"},
+        {"epoch": 7},
+        {"test_top1": None},
+        {"test_top1": [90.0] * 100},
+        {"train_loss": float("inf")},
+    ],
+)
+def test_a_training_state_with_nonsense(words: list[object], stopped: Path, tmp_path: Path, change: Any) -> None:
+    state = archive.load(stopped / checkpoint.LAST)
+    progress = state["progress"]
+    (progress["rows"][0] if change.keys() <= progress["rows"][0].keys() - {"epoch"} else progress).update(change)
+    del state["sage"]
+    torch.save(state, tmp_path / "odd.pth")
+    said = refused(1, *words, "--root_dir", tmp_path / "new", "--resume", tmp_path / "odd.pth")
+    assert "does not hold what it should" in said
 
 
 # ------------------------------------------------------------------------------------------------ numbers that go wrong
@@ -469,6 +665,8 @@ def test_loss_that_is_not_finite(words: list[object], tmp_path: Path, method: st
 
 class Probe(nn.Module):
     """A network that sees nothing, or one pixel."""
+
+    mixing_points = 3
 
     def __init__(self, pixel: bool) -> None:
         super().__init__()

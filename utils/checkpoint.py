@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from load_data import IMAGE_SIZES, Data
+from load_data import IMAGE_SIZES, Data, steps_per_epoch
 from mixup.settings import NORMALISATION, Colour
 from models import build_model
 
@@ -38,88 +39,195 @@ LARGE = 64  # height in pixels from which the first convolution of a network has
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def save_run(run: Run, best: bool = False) -> None:
-    """Write the checkpoint; a failing disk stops the run with one line, the checkpoint before stays."""
+def save_run(run: Run) -> None:
+    """Write the checkpoint, and the best one if it is not written yet; a failing disk stops the run with one line, the
+    checkpoints before stay."""
     if run.folder is None:
         return
     if run.lock is not None and runs.lock_is_lost(run.folder, run.lock):
         raise UserError(f"{run.folder} was deleted and made again by another run; this one stops")
     try:
-        save(state_of(run), run.folder, best)
+        save(state_of(run), run.folder, run.best)
     except FileNotFoundError as error:
         raise UserError(f"{run.folder} was deleted while the run was writing into it; this run stops") from error
     except OSError as error:
         raise UserError(
             f"cannot write a checkpoint into {run.folder}: {error.strerror or error}; the one before is "
-            f"untouched. Make room there and type the same command again"
+            f"untouched. Make room there and give the same command again"
         ) from error
+    run.best, run.saved = None, time.monotonic()
 
 
 def state_of(run: Run) -> dict[str, Any]:
     """What a checkpoint of a run holds: all that going on and ``load_network`` need."""
     return {
         "sage": 1,  # version of this layout
-        "settings": run.settings,
+        **asdict(run.identity),
         "classes": run.data.classes,
         "mean": run.data.mean,
         "std": run.data.std,
         "image_size": run.data.image_size,
         "images": len(run.data.train),
-        "digests": run.data.digests,
         "state_dict": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "progress": asdict(run.progress),
     }
 
 
-def save(state: dict[str, Any], folder: Path, best: bool = False) -> None:
-    """Write ``state`` as the folder's last checkpoint, keeping the one before; ``best`` also names it the best one.
+def keep_best(run: Run) -> None:
+    """Remember the run as it is for the best checkpoint, which is written when the next one is."""
+    if run.folder is not None:
+        run.best = copied(state_of(run))
 
-    The file is an ordinary ``torch.save`` archive that ``torch.load(…, weights_only=True)`` opens; its checksum is the
-    archive's comment. Raises ``OSError`` with nothing half-written.
+
+def copied(value: Any) -> Any:
+    """The same with tensors of its own, on their devices."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {name: copied(one) for name, one in value.items()}
+    return [copied(one) for one in value] if isinstance(value, list) else value
+
+
+def save(state: dict[str, Any], folder: Path, best: dict[str, Any] | None = None) -> None:
+    """Write ``state`` as the folder's last checkpoint, keeping the one before, and ``best``, if given, as the best one.
+
+    The files are ordinary ``torch.save`` archives that ``torch.load(…, weights_only=True)`` opens; their checksum is
+    the archive's comment. Raises ``OSError`` with nothing half-written.
 
     Killed anywhere in here, the folder holds the old last checkpoint or the new one, and never a last checkpoint that
     is ahead of the best one. The best one is a file of its own: damage to one file is damage to one.
     """
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getbuffer()[:-2]  # without the length of the (empty) archive comment
-    comment = COMMENT_MARK + hashlib.sha256(content).hexdigest().encode()
-    for name in [BEST, LAST] if best else [LAST]:
+    for name, content in ((BEST, best), (LAST, state)):
+        if content is None:
+            continue
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        archive = buffer.getbuffer()[:-2]  # without the length of the (empty) archive comment
+        comment = COMMENT_MARK + hashlib.sha256(archive).hexdigest().encode()
         with atomic_write(folder / name) as file:
-            file.write(content)
+            file.write(archive)
             file.write(struct.pack("<H", len(comment)) + comment)
             file.flush()
             if name == LAST and (folder / LAST).exists():
                 link(folder / LAST, folder / PREVIOUS)
 
 
-# ------------------------------------------------------------------------------------------------------------- going on
+# ------------------------------------------------------------------------------------------------------------ going on
 
 
-def restore(run: Run) -> None:
-    """Continue from the folder's last good checkpoint if there is one, else from ``run.resume``."""
-    source, state = run.resume, None
-    if run.world.rank == 0:
-        state = load_last(run.folder)
-        if state is not None and run.folder is not None:
-            source = str(run.folder)
-            runs.refuse_other_settings(run.folder, state.get("settings", {}), run.settings)
-            refuse_other_images(state, run, source)
-        elif run.resume:
-            state = load(run.resume)
+def read_resume(run: Run, path: str) -> dict[str, Any] | None:
+    """What --resume names: a training state of this run, which may have been shorter, or weights to begin from, whose
+    digest becomes the run's origin.
+
+    Raises:
+        BadArguments: a training state of another run.
+    """
+    if not path or run.world.rank > 0:
+        return None
+    state = load(path)
+    weights = weights_of(state, path)
+    if "progress" not in state:
+        run.identity = replace(run.identity, origin=digest(weights))
+        return state
+    with well_formed(path):
+        there, last = runs.identity_of(state), Progress(**state["progress"]).last_begun
+        run.identity = replace(run.identity, origin=there.origin)
+        found = runs.differences(there.until(last), run.identity.until(last))
+    if found:
+        alone = f"torch.save(torch.load({path!r}, weights_only=True)['state_dict'], 'weights.pth')"
+        raise BadArguments(
+            f"--resume {path} is a training state of another run ({'; '.join(found)}). It goes on with its own "
+            "settings and images; --epochs, milestones of --schedule that it has not reached, and --add_name may "
+            f'differ. To begin anew from its weights, keep those alone: python3 -c "import torch; {alone}"'
+        )
+    return state
+
+
+def digest(weights: dict[str, Tensor]) -> str:
+    """32 hexadecimal digits that stand for names, shapes and values of weights."""
+    found = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        found.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        found.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:32]
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the folder holds this run, finished, which is then said.
+
+    Raises:
+        BadArguments: it holds a run of other settings; the message shows the difference.
+        UserError: a run of other images, or one that nothing tells which it is.
+    """
+    if run.folder is None:
+        return False
+    result = runs.read(run.folder / "result.json", "summary")
+    there = runs.read_identity(run.folder)
+    state = load_last(run.folder) if there is None and result is not None else None
+    if state is not None:
+        with well_formed(run.folder):
+            there = runs.identity_of(state)
+    if there is not None:
+        runs.refuse_another(run.folder, there, run.identity)
+    if result is None:
+        return False
+    if there is None:
+        raise UserError(
+            f"{run.folder} holds a result, and neither a config.json nor a checkpoint that says of which run. Give "
+            "this run a name of its own with --add_name, or start anew with --overwrite True"
+        )
+    if not records.agree(run.folder, run.training.epochs - run.training.start_epoch):
+        return restore_records(run, state or load_last(run.folder))
+    print(f"{run.folder} is finished: {result}")
+    return True
+
+
+def restore_records(run: Run, state: dict[str, Any] | None) -> bool:
+    """Write metrics.csv and result.json of a finished run anew, from its checkpoint, and say that it is finished. False
+    where the checkpoint is not at the end: a result.json that does not belong to the run is set aside."""
+    assert run.folder is not None
+    if state is not None and "progress" in state:
+        with well_formed(run.folder):
+            progress = Progress(**state["progress"])
+        if progress.epoch >= run.training.epochs and progress.rows:
+            run.progress = progress
+            runs.write_result(run)
+            print(f"{run.folder} is finished; its metrics.csv and result.json are written anew")
+            return True
+    result = run.folder / "result.json"
+    os.replace(result, result.with_name("result.json.damaged"))
+    log.warning(f"warning: {result} is not of this run, which is not at its end; kept as result.json.damaged")
+    return False
+
+
+def restore(run: Run, resumed: dict[str, Any] | None) -> None:
+    """Continue from the folder's last good checkpoint if there is one, else from what --resume names."""
+    source, state = run.resume, resumed
+    if run.world.rank == 0 and (last := load_last(run.folder)) is not None:
+        source, state = str(run.folder), last
+        with well_formed(source):
+            there = runs.identity_of(state)
+        runs.refuse_another(source, there, run.identity)
     state = processes.from_first(state)
     if state is None:
         return
     refuse_other_classes(state.get("classes", run.data.classes), run.data.classes, source)
-    load_weights(run.model, weights_of(state, source), run.resume or "the checkpoint", run.settings["arch"])
+    weights = weights_of(state, source)
+    load_weights(run.model, weights, source, run.identity.settings["arch"])
     if "progress" not in state:
         log.info(f"weights from {source}; the optimiser starts anew at epoch {run.progress.epoch}")
         return
+    refuse_other_images(state, run, source)
     with well_formed(source):
         restore_optimizer(run.optimizer, state["optimizer"])
         run.progress = Progress(**state["progress"])
-    refuse_other_epochs(source, run)
+        if run.progress.step > steps_per_epoch(len(run.data.train), run.training.batch_size):
+            raise ValueError(f"step {run.progress.step} is beyond the end of an epoch")
+        if run.progress.epoch - len(run.progress.rows) != run.training.start_epoch:
+            raise ValueError(f"it has {len(run.progress.rows)} epochs before epoch {run.progress.epoch}")
+    if run.progress.epoch > run.training.epochs:
+        raise BadArguments(f"--epochs {run.training.epochs}: {source} has had {run.progress.epoch} already")
     if run.folder and run.progress.rows:
         records.write_metrics(run.folder / "metrics.csv", run.progress.rows)
     log.info(f"continuing in epoch {run.progress.epoch}, step {run.progress.step}")
@@ -129,10 +237,18 @@ def load_last(folder: Path | None) -> dict[str, Any] | None:
     """The folder's last checkpoint; the one before, or the best one, if that is damaged; None where none is whole.
 
     A damaged one gets another name, so that it never takes the place of the one before.
+
+    Raises:
+        UserError: the file that should be read is a link to nothing, as where another disk is not mounted.
     """
     if folder is None:
         return None
     for name in (LAST, PREVIOUS, BEST):
+        if (folder / name).is_symlink() and not (folder / name).exists():
+            raise UserError(
+                f"{folder / name} is a link to {os.readlink(folder / name)}, which is not there; is its disk mounted? "
+                "Remove the link to go on without it"
+            )
         if (folder / name).exists():
             try:
                 return load(folder / name)
@@ -168,19 +284,6 @@ def refuse_other_classes(theirs: Any, ours: list[str], source: str) -> None:
     """Raise ``UserError`` where a network was trained on other classes than those of the data."""
     if theirs != ours:
         raise UserError(f"{source} was trained on other classes than those of the images at hand")
-
-
-def refuse_other_epochs(source: str | Path, run: Run) -> None:
-    """Raise ``BadArguments`` where --start_epoch and --epochs do not go with the epochs that a checkpoint holds."""
-    progress, training = run.progress, run.training
-    first = progress.rows[0]["epoch"] if progress.rows else progress.epoch
-    if training.start_epoch != first:
-        raise BadArguments(
-            f"--start_epoch {training.start_epoch}: {source} was trained from epoch {first} on and continues in epoch "
-            f"{progress.epoch} by itself; give --start_epoch {first}"
-        )
-    if progress.epoch > training.epochs:
-        raise BadArguments(f"--epochs {training.epochs}: {source} has had {progress.epoch} already")
 
 
 @contextmanager
@@ -377,7 +480,7 @@ def about_of(state: dict[str, Any], weights: dict[str, Tensor], path: str, given
         std=colour(found["std"]),
         settings=settings,
         epochs=len(state["progress"]["rows"]) if "progress" in state else None,
-        digests=state.get("digests"),
+        digests=state.get("digests") or None,
     )
 
 
@@ -390,15 +493,8 @@ def number_of_classes(weights: dict[str, Tensor]) -> int:
 
 
 def settings_of(state: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings: names, each with a number, a text or a short list of them; none in a published checkpoint."""
-    settings = state.get("settings", {})
-    for name, value in settings.items():
-        values = value if isinstance(value, list | tuple) else [value]
-        if not isinstance(name, str) or len(values) > 100:
-            raise ValueError(f"its setting {str(name)[:40]!r} is none")
-        if not all(one is None or isinstance(one, str | int | float) for one in values):
-            raise ValueError(f"its setting {name[:40]!r} is neither a number nor a text")
-    return dict(settings)
+    """A run's settings, checked; none in a published checkpoint."""
+    return runs.identity_of(state).settings if "settings" in state else {}
 
 
 def colour(values: Any) -> Colour:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from mixup.base import Mixed
 
 from .archive import atomic_write
+from .records import best_row
 
 
 def plot_curves(path: Path, rows: Sequence[dict[str, Any]], title: str, schedule: Sequence[int]) -> None:
@@ -43,7 +44,7 @@ def plot_curves(path: Path, rows: Sequence[dict[str, Any]], title: str, schedule
     panels[0].set_title("train: binary cross-entropy; test: cross-entropy")
     panels[0].set_yscale("log")
     panels[1].set_ylabel("top-1 accuracy [%]")
-    best = max(rows, key=lambda row: row["test_top1"])
+    best = best_row(rows)
     panels[1].set_title(
         f"test: last {rows[-1]['test_top1']:.2f} %, best {best['test_top1']:.2f} % in epoch {best['epoch']}"
     )

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,25 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def start_log(path: Path | None, quiet: bool = False) -> None:
-    """Lines to the terminal, unless ``quiet``, and, appended, to ``path``. A full disk costs lines of the log, not the
-    run."""
+def start_log(quiet: bool = False) -> None:
+    """Lines to the terminal, unless ``quiet``. A full disk costs lines of the log, not the run."""
     logging.raiseExceptions = False
     log.handlers.clear()
     log.setLevel(logging.CRITICAL if quiet else logging.INFO)
     log.propagate = False
     screen = logging.StreamHandler(sys.stdout)
     log.addHandler(screen)
+    log.addHandler(MemoryHandler(1000, flushLevel=logging.CRITICAL + 1))
+
+
+def log_into(path: Path | None) -> None:
+    """From now on the log's lines also go to the end of a file, if there is one, and first those that came before."""
+    early = log.handlers.pop()
     if path is not None:
         log.addHandler(logging.FileHandler(path, encoding="utf-8"))
+        assert isinstance(early, MemoryHandler)
+        early.setTarget(log.handlers[-1])
+    early.close()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -63,6 +72,19 @@ def write_metrics(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: format_value(value) for key, value in row.items()} for row in rows)
+
+
+def agree(folder: Path, epochs: int) -> bool:
+    """Whether a folder's metrics.csv and result.json are those of one run of so many epochs."""
+    try:
+        with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+            accuracies = [float(row["test_top1"]) for row in csv.DictReader(file)]
+        result = read_json(folder / "result.json")
+        final, spread = final_accuracy([{"test_top1": value} for value in accuracies])
+        close = max(abs(final - result["final_top1"]), abs(spread - result["spread"])) < 1e-3
+        return close and len(accuracies) == result["epochs"] == epochs
+    except (OSError, ValueError, LookupError, TypeError, csv.Error):
+        return False
 
 
 class Events:
@@ -116,6 +138,12 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first epoch with the highest accuracy on the validation set, or on the test set where there is none."""
+    name = "test_top1" if rows[-1]["valid_top1"] is None else "valid_top1"
+    return max(rows, key=lambda row: -1.0 if row[name] is None else row[name])
 
 
 def final_accuracy(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +30,7 @@ from .archive import remove_leftovers
 from .device import device_name
 from .errors import BadArguments, StopSignal, UserError
 from .processes import ImageWeight, World
+from .records import log
 
 LOCK = ".lock"
 
@@ -64,6 +66,9 @@ class Progress:
         sums: of the epoch so far: loss × images, top-1 hits, top-5 hits, images.
         seconds: spent on the epoch so far.
         rows: a row of records.COLUMNS for every finished epoch.
+
+    Raises:
+        ValueError: values that no run can have.
     """
 
     epoch: int = 0
@@ -73,13 +78,26 @@ class Progress:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.epoch, int) and isinstance(self.step, int) and isinstance(self.seconds, float)
-        if not whole or len(self.sums) != 4 or any(row.keys() != set(records.COLUMNS) for row in self.rows):
+        counts = all(type(value) is int and 0 <= value < 2**31 for value in (self.epoch, self.step))
+        numbers = isinstance(self.sums, list) and len(self.sums) == 4 and isinstance(self.rows, list)
+        if not counts or not numbers or not all(is_amount(value) for value in [self.seconds, *self.sums]):
             raise ValueError("its progress is not one")
+        first = self.epoch - len(self.rows)
+        for number, row in enumerate(self.rows, start=first):
+            if not isinstance(row, dict) or row.keys() != set(records.COLUMNS) or row["epoch"] != number:
+                raise ValueError("its progress is not one of consecutive epochs")
+            if not all((value is None and name.startswith("valid")) or is_amount(value) for name, value in row.items()):
+                raise ValueError("its progress has numbers that no epoch has")
 
     @property
     def best(self) -> float:
-        return max((row["test_top1"] for row in self.rows), default=0.0)
+        """Test accuracy of the best epoch so far; 0 before the first."""
+        return records.best_row(self.rows)["test_top1"] if self.rows else 0.0
+
+    @property
+    def last_begun(self) -> int:
+        """The last epoch that a batch was trained on in."""
+        return self.epoch if self.step else self.epoch - 1
 
     def next_epoch(self, row: dict[str, Any]) -> None:
         """The epoch in progress has ended as ``row`` says."""
@@ -87,22 +105,28 @@ class Progress:
         self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, [0.0] * 4, 0.0
 
 
+def is_amount(value: Any) -> bool:
+    """Whether it is a finite number, not below 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
 @dataclass
 class Run:
     """What training works on.
 
     Attributes:
-        settings: everything that determines the run's numbers, by flag name.
+        identity: settings, images, and the weights it was begun from.
         folder: None where nothing is written: with --log_off, and on all ranks but the first.
         lock: held while the run may write into the folder.
         resume: what --resume names, if anything.
         clock: the moment up to which ``progress.seconds`` counts.
         saved: the moment of the last save, or of the start.
         is_first_batch: whether no batch was trained on since this start.
+        best: state of the best epoch, as a checkpoint holds it, until it is written.
     """
 
     training: Training
-    settings: dict[str, Any]
+    identity: Identity
     data: Data
     method: Method
     model: nn.Module
@@ -118,6 +142,7 @@ class Run:
     clock: float = field(default_factory=time.monotonic)
     saved: float = field(default_factory=time.monotonic)
     is_first_batch: bool = True
+    best: dict[str, Any] | None = None
 
     def count_time(self) -> float:
         """Add what has passed since the last call to the seconds of the epoch; returns the moment."""
@@ -131,9 +156,123 @@ class Run:
         data, (height, width) = self.data, self.data.image_size
         return (
             f"{self.method.name} on {data.name} ({data.source}): {len(data.train)} training images of "
-            f"{len(data.classes)} classes, {len(data.test)} test images, {height}×{width}; {self.settings['arch']}; "
-            f"{device_name(self.device)}"
+            f"{len(data.classes)} classes, {len(data.test)} test images, {height}×{width}; "
+            f"{self.identity.settings['arch']}; {device_name(self.device)}"
         )
+
+
+# ------------------------------------------------------------------------------------------------------------ identity
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run is. Where two agree, one run repeats the other.
+
+    Attributes:
+        settings: everything that determines the run's numbers, by flag name; ``labels_per_class`` is the limit that
+            left images out, or None.
+        digests: of the whole "train" and "test" split, see ``load_data.Data``; empty for runs of older versions.
+        origin: digest of the weights that it was begun from; None for random ones.
+    """
+
+    settings: dict[str, Any]
+    digests: dict[str, str] = field(default_factory=dict)
+    origin: str | None = None
+
+    def until(self, epoch: int) -> Identity:
+        """Without what an epoch up to ``epoch`` does not depend on: the number of epochs, milestones that come later,
+        and the name."""
+        settings = {name: value for name, value in self.settings.items() if name not in ("epochs", "add_name")}
+        reached = sum(milestone <= epoch for milestone in settings.get("schedule", []))
+        cut = {name: settings[name][:reached] for name in ("schedule", "gammas") if name in settings}
+        return dataclasses.replace(self, settings=settings | cut)
+
+
+def identity_of(content: dict[str, Any]) -> Identity:
+    """The identity that a checkpoint or a config.json holds; ``ValueError`` where it is none."""
+    settings, digests, origin = content.get("settings"), content.get("digests", {}), content.get("origin")
+    if not isinstance(settings, dict) or not settings:
+        raise ValueError("it holds no settings")
+    for name, value in settings.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        if not isinstance(name, str) or len(values) > 100:
+            raise ValueError(f"its setting {str(name)[:40]!r} is none")
+        if not all(one is None or isinstance(one, str | int | float) for one in values):
+            raise ValueError(f"its setting {name[:40]!r} is neither a number nor a text")
+    if not isinstance(digests, dict) or not all(isinstance(text, str) for text in [*digests, *digests.values()]):
+        raise ValueError("its digests are none")
+    if origin is not None and not isinstance(origin, str):
+        raise ValueError("its origin is none")
+    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    return Identity(listed, dict(digests), origin)
+
+
+def differences(there: Identity, here: Identity) -> list[str]:
+    """In what two runs differ, a text for each setting, for the images, and for the weights they were begun from; none
+    if they agree. What a run of an older version does not hold is not compared; a setting has its default then."""
+    names = there.settings.keys() | here.settings.keys()
+    complete = there.digests and here.digests
+    if not complete:
+        names -= {"labels_per_class"}  # it was the flag, also where that limited nothing
+    ours, theirs = with_defaults(here.settings), with_defaults(there.settings)
+    found = [f"--{name}: {theirs.get(name)} there, {ours.get(name)} here" for name in sorted(names)
+             if theirs.get(name) != ours.get(name)]  # fmt: skip
+    if complete:
+        for split, name in (("train", "training"), ("test", "test")):
+            if there.digests.get(split) != here.digests.get(split):
+                digests = there.digests.get(split), here.digests.get(split)
+                found.append("other {} images: digest {} there, {} here".format(name, *digests))
+        if there.origin != here.origin:
+            origins = (f"weights {one.origin}" if one.origin else "random weights" for one in (there, here))
+            found.append("begun from {} there, {} here".format(*origins))
+    return found
+
+
+def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of any version, with the flags' and the method's defaults for those that it did not have."""
+    return {**flag_defaults(), **preset(str(settings.get("method")), str(settings.get("dataset"))), **settings}
+
+
+@cache
+def flag_defaults() -> dict[str, Any]:
+    return vars(options.make_parser().parse_args([]))
+
+
+@cache
+def preset(method: str, dataset: str) -> dict[str, Any]:
+    """A method's settings for a data set; nothing where there is no such method."""
+    try:
+        return vars(build_method(method, dataset, 2))
+    except ValueError:
+        return {}
+
+
+def refuse_another(folder: Path | str, there: Identity, here: Identity) -> None:
+    """Raise ``BadArguments`` (``UserError`` if the images alone are others) where a folder's run is not this one."""
+    found = differences(there, here)
+    if not found:
+        if not there.digests:
+            log.warning(
+                f"warning: {folder} is of an older version, which kept no digest of its images; settings, classes and "
+                "the number of images are compared"
+            )
+        return
+    of_settings = any(line.startswith("--") for line in found)
+    raise (BadArguments if of_settings else UserError)(
+        f"{folder} holds a run with other {'settings' if of_settings else 'images or weights'} ({'; '.join(found)}). "
+        "Give this run a name of its own with --add_name, or start anew with --overwrite True"
+        + how_to_go_on(there, here)
+    )
+
+
+def how_to_go_on(there: Identity, here: Identity) -> str:
+    """A hint where two runs differ in their length alone."""
+    epochs = here.settings.get("epochs", 0), there.settings.get("epochs", 0)
+    if epochs[0] <= epochs[1] or differences(there.until(epochs[1] - 1), here.until(epochs[1] - 1)):
+        return ""
+    return (
+        f"; to train it longer, add --resume THAT_FOLDER/checkpoint.pth.tar --add_name longer to --epochs {epochs[0]}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------- names and settings
@@ -152,8 +291,9 @@ def run_name(args: argparse.Namespace, method: Method) -> str:
     )
 
 
-def run_settings(args: argparse.Namespace, method: Method) -> dict[str, Any]:
-    """Everything that determines a run's numbers, by flag name."""
+def run_settings(args: argparse.Namespace, method: Method, limit: int | None) -> dict[str, Any]:
+    """Everything that determines a run's numbers, by flag name. ``limit`` is the number of training images a class
+    where there were more."""
     own = {
         name: value for name, value in vars(args).items() if name not in options.NOT_PART_OF_A_RUN and value is not None
     }
@@ -161,24 +301,11 @@ def run_settings(args: argparse.Namespace, method: Method) -> dict[str, Any]:
     for name in ("num_classes", "mean", "std"):  # follow from the data
         of_method.pop(name, None)
     unused = options.method_settings(args).keys() - of_method.keys()
-    return {**{name: value for name, value in own.items() if name not in unused}, **of_method}
-
-
-def refuse_other_settings(folder: Path, held: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raise ``BadArguments`` with the difference, if there is any. What a run of an older version does not hold is its
-    flag's default."""
-    parser = options.make_parser()
-    held = {**{name: parser.get_default(name) for name in settings}, **held}
-    different = [
-        f"--{name}: {held.get(name)} there, {settings.get(name)} here"
-        for name in sorted(held.keys() | settings.keys())
-        if held.get(name) != settings.get(name)
-    ]
-    if different:
-        raise BadArguments(
-            f"{folder} holds a run with other settings ({'; '.join(different)}). Give this run a name of its own "
-            "with --add_name, or start anew with --overwrite True"
-        )
+    return {
+        **{name: value for name, value in own.items() if name not in unused},
+        **of_method,
+        "labels_per_class": limit,
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- the folder
@@ -251,32 +378,32 @@ def warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr)
 
 
-def is_finished(folder: Path | None, settings: dict[str, Any]) -> bool:
-    """Whether the folder holds a finished run of these settings, which is then said.
-
-    Raises:
-        BadArguments: it holds a run of other settings; the message shows the difference.
-    """
-    if folder is None:
-        return False
-    held = read(folder / "config.json", "settings")
-    if held is not None:
-        refuse_other_settings(folder, held, settings)
-    summary = read(folder / "result.json", "summary")
-    if summary is not None:
-        print(f"{folder} is finished: {summary}")
-    return summary is not None
-
-
 def read(path: Path, key: str) -> Any:
     """One entry of a JSON file; None where there is no file, or a damaged one, which the run will write anew."""
     if not path.exists():
         return None
     try:
         return records.read_json(path)[key]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         warn(f"{path} is damaged ({error}); it is written anew")
         return None
+
+
+def read_identity(folder: Path) -> Identity | None:
+    """What config.json says; None where there is none, or a damaged one."""
+    if read(folder / "config.json", "settings") is None:
+        return None
+    try:
+        return identity_of(records.read_json(folder / "config.json"))
+    except ValueError as error:
+        warn(f"{folder / 'config.json'} is damaged ({error}); it is written anew")
+        return None
+
+
+def write_missing_config(run: Run, arguments: dict[str, Any]) -> None:
+    """config.json of a finished run that has lost it."""
+    if run.folder is not None and read_identity(run.folder) is None:
+        write_config(run, arguments)
 
 
 def write_config(run: Run, arguments: dict[str, Any]) -> None:
@@ -288,7 +415,9 @@ def write_config(run: Run, arguments: dict[str, Any]) -> None:
     with suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or damaged
         started = records.read_json(run.folder / "config.json")["started"]
     content = {
-        "settings": run.settings,
+        "settings": run.identity.settings,
+        "digests": run.identity.digests,
+        "origin": run.identity.origin,
         "arguments": arguments,
         "command": options.command_line(),
         "classes": run.data.classes,
@@ -308,7 +437,7 @@ def write_result(run: Run) -> str:
     """result.json, which marks the run as finished, and a last metrics.csv; returns the closing lines of the log."""
     rows = run.progress.rows
     median, spread = records.final_accuracy(rows)
-    best = max(rows, key=lambda row: row["test_top1"])
+    best = records.best_row(rows)
     lines = [f"\nfinal 10 epoch acc (median) : {median:.2f} (+- {spread:.2f})"]
     lines += [f"best acc : {best['test_top1']:.2f} in epoch {best['epoch']}"]
     if run.folder is not None:

@@ -134,16 +134,20 @@ def after_epoch(run: Run, kept: Records) -> bool:
     if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
         raise not_finite(run, progress.step)
     row.update(
-        best_top1=max(progress.best, row["test_top1"]),
+        best_top1=records.best_row([*progress.rows, row])["test_top1"],
         seconds=round(progress.seconds + time.monotonic() - evaluation_began, 3),
         images_per_second=round(progress.sums[3] / progress.seconds, 1),
         peak_memory_gb=round(peak_memory(run.device), 1),
     )
-    is_best = row["test_top1"] > progress.best or not progress.rows
-    if run.resume and run.folder is not None and not (run.folder / checkpoint.BEST).exists():
+    is_best = records.best_row([*progress.rows, row]) is row
+    if run.resume and run.folder is not None and not (run.best or (run.folder / checkpoint.BEST).exists()):
         is_best = True  # what was better is in the folder of the run that --resume names
     progress.next_epoch(row)
-    save(run, is_best)
+    refuse_bad_weights(run)
+    if is_best:
+        checkpoint.keep_best(run)
+    if save_is_due(run) or progress.epoch >= run.training.epochs:
+        checkpoint.save_run(run)
     kept.write()
     return True
 
@@ -153,11 +157,10 @@ def save_is_due(run: Run) -> bool:
     return time.monotonic() - run.saved > 60 * run.training.checkpoint_minutes
 
 
-def save(run: Run, best: bool = False) -> None:
+def save(run: Run) -> None:
     """Write the checkpoint, unless the numbers went wrong."""
     refuse_bad_weights(run)
-    checkpoint.save_run(run, best)
-    run.saved = time.monotonic()
+    checkpoint.save_run(run)
 
 
 def stopped(run: Run) -> bool:
