@@ -99,6 +99,31 @@ def ones_where_zero(saliency: Tensor) -> Tensor:
     return torch.where(saliency.sum(dim=(1, 2), keepdim=True) == 0, 1.0, saliency)
 
 
+class KnownSaliency(nn.Module):
+    """In place of a network, for saliency that comes from elsewhere: ``sage.mix(KnownSaliency(maps, 10), images, …)``.
+    The gradient in the pixels of image i is, up to a factor, its map in every channel, whatever the loss.
+
+    Args:
+        maps: [B, H, W] ≥ 0, of the images in their order; of fewer images, the last ones' maps are taken.
+        num_classes: K of its logits, which are 0.
+    """
+
+    maps: Tensor
+
+    def __init__(self, maps: Tensor, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.register_buffer("maps", maps)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] to logits [B, K]."""
+        maps = self.maps[len(self.maps) - len(images) :]
+        score = ((images - images.detach()) * maps[:, None]).sum(dim=(1, 2, 3))
+        # signs that differ: the gradient of no class is the mean of all, at which it would vanish
+        signs = 1 - 2 * (torch.arange(self.num_classes, device=images.device) % 2)
+        return score[:, None] * signs
+
+
 def fine_grained_saliency(images_u8: Tensor) -> Tensor:
     """Fine-grained static saliency of every image: how far a pixel is from the mean of its surroundings, over six sizes
     (Montabone & Soto, "Human detection using a mobile platform and novel features derived from a visual saliency

@@ -1,18 +1,20 @@
-"""Three images, and what Mixup, CutMix, SaliencyMix, Puzzle Mix, Co-Mixup and SAGE make of them, in one row.
+"""Three images, and what every method that mixes images makes of them, in one row.
 
     python3 scripts/compare.py --image_size 224 --seed 1     # the README's figure, of the photographs named below
     python3 scripts/compare.py cat.jpg dog.jpg bird.jpg --out animals.pdf
     python3 scripts/compare.py --dataset cifar10 --data_dir DATA --seed 7 --checkpoint RUNS/…/model_best.pth.tar
     python3 scripts/compare.py --image_size 224 --seed 1 --strips figures/methods     # each method and its mask
 
-The first two images are mixed; Co-Mixup mixes all three, and of its three outputs the one that is shared most evenly is
-shown. Images keep their resolution, but for a central crop: all get the smallest height and width among them, rounded
-down to a multiple of 32, which all block counts divide.
+The first image is mixed with the second; Co-Mixup mixes all three, and of its three outputs the one that is shared most
+evenly is shown. λ is --lam, SAGE searches all offsets, and Puzzle Mix moves whole mask blocks. Images keep their
+resolution, but for a central crop: all get the smallest height and width among them, rounded down to a multiple of 32,
+which all block counts divide.
 
 Saliency (Puzzle Mix, Co-Mixup, SAGE) is the gradient of the checkpoint's network, in eval mode, for the true label of
-a data set's image and for the network's own guess elsewhere; it is taken at the resolution the network was trained at,
-and enlarged. Without a checkpoint it is SaliencyMix's fine-grained map, which needs no network, blurred by 1/32 of the
-shorter side: the gradient of an untrained network would be noise. The picture names which of the two it was.
+a data set's image and for the network's own guess elsewhere; images are brought to the resolution the network was
+trained at. Without a checkpoint it is SaliencyMix's fine-grained map, which needs no network: the gradient of an
+untrained network would be noise. SAGE blurs it by a pixel of that resolution, or by 1/32 of the shorter side. The
+picture names which of the two it was.
 
 The photographs that are shown when no image is named come with packages this project needs anyway: flower.jpg (by
 vultilion) and china.jpg (by danielbuechele) of scikit-learn, both from flickr.com under CC BY 2.0, and
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,37 +40,23 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import load_data
-from mixup import METHODS
-from mixup.assignment import assign
-from mixup.base import bce_loss, one_hot
-from mixup.comix import co_mix, compatibility
-from mixup.cutmix import cut_box, paste_box
-from mixup.input import mix_images
-from mixup.puzzle import block_mask, puzzle_mix
-from mixup.sage import best_offsets, blend, gaussian_blur
-from mixup.saliency import (
-    fine_grained_saliency,
-    mean_magnitude,
-    ones_where_zero,
-    root_mean_square,
-    saliency_pass,
-)
-from mixup.saliencymix import peak_box, saliency_peak
+from mixup import METHODS, build_method
+from mixup.base import Method, Mixed
+from mixup.saliency import KnownSaliency, fine_grained_saliency
+from mixup.settings import NORMALISATION
 from models import ARCHITECTURES, build_model
-from utils import archive, checkpoint, images
+from utils import images
 from utils.archive import atomic_write
+from utils.checkpoint import PixelNetwork, load_network
 from utils.errors import BadArguments, UserError, exit_code
 from utils.options import Parser, number, one_of
 
-SIDE = 32  # images are cropped to multiples of it
-PUZZLE_BLOCKS = 8  # the finest of Puzzle Mix's block counts whose blocks neighbouring pixels of 4×4 divide at 224×224
-CELLS = 4  # Co-Mixup's default
+SIDE = 32  # images are cropped to multiples of it; without a network, SAGE's blur is a pixel of images of this side
 TILE = 224  # smaller images are enlarged to about this many pixels in the picture
-SWAP = torch.tensor([1, 0])
 
 
 class Sources(NamedTuple):
-    """Three images [3, 3, H, W] in 0 … 1, their names, and, of a data set, their labels and its classes."""
+    """Three images [3, 3, H, W] in [0, 1], their names, and, of a data set, their labels and its classes."""
 
     pixels: Tensor
     names: list[str]
@@ -76,25 +64,17 @@ class Sources(NamedTuple):
     classes: Sequence[str] = ()
 
 
-class Maps(NamedTuple):
-    """Saliency [3, H, W] as SAGE, and as Puzzle Mix and Co-Mixup take it, and where it comes from."""
-
-    blurred: Tensor
-    sharp: Tensor
-    origin: str
-
-
 class Tile(NamedTuple):
-    """One image of a picture, colours [3, H, W] in 0 … 1 or a map [H, W], and the words above and below it."""
+    """One image of a picture, colours [3, H, W] in [0, 1] or a map [H, W], and the text above and below it."""
 
     title: str
     image: Tensor
     caption: str = ""
 
 
-class Mixed(NamedTuple):
-    """An image [3, H, W], the sources' shares in its target [3], and what led to it. Of Manifold Mixup, which mixes no
-    images, ``image`` [H, W] is the mean size of the mixed features."""
+class Shown(NamedTuple):
+    """A mixed image [3, H, W], or the mean size of mixed features [H, W]; the sources' shares in its target [3]; and
+    what led to it."""
 
     image: Tensor
     shares: Tensor
@@ -102,26 +82,30 @@ class Mixed(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw; returns the exit code: 0, 1 for a failure, 2 for bad arguments."""
+    """Plot; returns the exit code: 0, 1 for a failure, 2 for bad arguments."""
     parser = make_parser()
     args = parser.parse_args(argv)
     return exit_code(parser, lambda: compare(args))
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Read, mix and draw what the arguments say."""
+    """Read, mix and plot what the arguments say."""
     check(args)
     sources = read_sources(args)
-    network, state = load_network(args)
-    maps = network_maps(network, state, sources, args) if network else fine_grained_maps(sources.pixels)
+    network, origin = make_network(sources, args)
+    shown = {name: show(name, sources, network, args) for name in METHODS}
     if args.strips:
         args.strips.mkdir(parents=True, exist_ok=True)
-        for name, mixed in strips(sources, maps, network, args.lam, args.seed).items():
-            save(strip(sources, mixed), args.strips / f"{name}.png")
-            print(args.strips / f"{name}.png")
+        for name, result in shown.items():
+            if result is not None:
+                save(strip(sources, result), args.strips / f"{name}.png")
+                print(args.strips / f"{name}.png")
     else:
-        save(row(sources, maps.origin, mix(sources, maps, args.lam, args.seed)), args.out)
+        shown = {n: r if r and r.image.ndim == 3 and r.shares.max() < 1 else None for n, r in shown.items()}
+        save(row(sources, origin, {name: result for name, result in shown.items() if result}), args.out)
         print(args.out)
+    if left_out := [METHODS[name].title for name, result in shown.items() if result is None]:
+        print(f"left out, having no mixed images: {', '.join(left_out)}", file=sys.stderr)
     return 0
 
 
@@ -135,7 +119,8 @@ def make_parser() -> Parser:
     add("--data_dir", default=".", help="where that data set is (default: %(default)s)")
     add("--image_size", type=number(int, low=SIDE), help="side to bring images to; by default they keep their own")
     add("--checkpoint", type=Path, help="of this project or published; its network gives the saliency")
-    add("--arch", type=one_of(ARCHITECTURES), help="where the checkpoint does not name it (default: preactresnet18)")
+    add("--arch", type=one_of(ARCHITECTURES), help="of a checkpoint that does not name it")
+    add("--trained_on", type=one_of(tuple(NORMALISATION)), help="data set of a checkpoint that does not name it")
     add("--lam", type=number(float, low=0, high=1), default=0.5, help="share of the first image (default: %(default)s)")
     add("--seed", type=number(int, low=0), default=0, help="of the random choices (default: %(default)s)")
     add("--out", type=Path, default=Path("figures/comparison.png"), help="PNG, PDF or SVG (default: %(default)s)")
@@ -190,82 +175,82 @@ def read_sources(args: argparse.Namespace) -> Sources:
     return Sources(torch.from_numpy(files).permute(0, 3, 1, 2).float() / 255, names)
 
 
-def load_network(args: argparse.Namespace) -> tuple[nn.Module | None, dict[str, Any]]:
-    """The checkpoint's network in eval mode and what the checkpoint holds; None and nothing without one."""
-    if not args.checkpoint:
-        return None, {}
-    state = archive.load(args.checkpoint)
-    with checkpoint.well_formed(args.checkpoint):
-        settings = state.get("settings", {})
-        arch = args.arch or settings.get("arch", "preactresnet18")
-        values = state.get("state_dict", state).values()
-        matrices = [value for value in values if isinstance(value, Tensor) and value.ndim == 2]
-        if not matrices:
-            raise UserError(f"{args.checkpoint} holds no classifier")
-        classes = len(matrices[-1])
-        stride = 2 if (trained_side(settings, classes) or 0) >= 64 else 1
-        width, dropout = settings.get("initial_channels", 64), settings.get("dropout", False)
-        network = build_model(arch, classes, stride, width, dropout)
-        weights = checkpoint.weights_of(state, args.checkpoint)
-        checkpoint.load_weights(network, weights, args.checkpoint, arch)
-    return network.eval(), {"arch": arch, **state}
+# ------------------------------------------------------------------------------------------------------------- networks
 
 
-def trained_on(settings: dict[str, Any], classes: int) -> str:
-    """The data set's name; published checkpoints are told by their number of classes."""
-    return settings.get("dataset") or {100: "cifar100", 200: "tiny-imagenet-200"}.get(classes, "cifar10")
+class PictureNetwork(nn.Module):
+    """A network for the three sources of a picture: pixels in [0, 1] of any resolution, which are brought to the one it
+    was trained at. Its K + 3 logits are in an order of their own for each source, such that source i's class is number
+    i: every source has a class that is not another's. ``features``: see ``look``.
+
+    Args:
+        network: to look through.
+        labels: [3], the sources' classes.
+        side: of the images it was trained on, in pixels; None: images stay as they are.
+        maps: [3, H, W], saliency that takes the place of the network's.
+    """
+
+    mixing_points = 3
+    features: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, network: PixelNetwork, labels: Tensor, side: int | None, maps: Tensor | None = None) -> None:
+        super().__init__()
+        self.network, self.side = network, side
+        with torch.no_grad():
+            self.num_classes = network(torch.zeros(1, 3, SIDE, SIDE)).shape[1] + 3
+        self.known = None if maps is None else KnownSaliency(maps, self.num_classes)
+        self.order = torch.arange(self.num_classes).repeat(3, 1)
+        for i, label in enumerate(labels.tolist()):
+            self.order[i, [i, label]] = self.order[i, [label, i]]
+
+    def forward(self, pixels: Tensor, mix_at: int = 0, mix: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Logits; ``mix`` is applied to the activations at ``mix_at``, as in this project's networks."""
+        if mix is None and self.known is not None:
+            return self.known(pixels)
+        pixels = at_side(pixels, self.side)
+        if mix is None:
+            logits = self.network(pixels)
+        else:
+            logits = self.network.model((pixels - self.network.mean) / self.network.std, mix_at, self.look(mix))
+        # a network may have fewer than three classes
+        return F.pad(logits, (0, 3), value=-1e4).gather(1, self.order)
+
+    def look(self, mix: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """``mix``, which leaves in ``features`` the mean size over channels [3, H, W] of what comes in and goes out."""
+
+        def seen(activations: Tensor) -> Tensor:
+            mixed = mix(activations)
+            self.features = (activations.abs().mean(dim=1), mixed.abs().mean(dim=1))
+            return mixed
+
+        return seen
 
 
-def trained_side(settings: dict[str, Any], classes: int) -> int | None:
-    """Side of the images a network was trained on, where that is known."""
-    return settings.get("image_size") or load_data.IMAGE_SIZES.get(trained_on(settings, classes))
+def make_network(sources: Sources, args: argparse.Namespace) -> tuple[PictureNetwork, str]:
+    """The checkpoint's network; without one, random weights and fine-grained maps. And where saliency comes from."""
+    if args.checkpoint is None:
+        maps = fine_grained_saliency(to_bytes(sources.pixels)).clamp(min=1).float()  # no pixel has no weight at all
+        torch.manual_seed(args.seed)
+        untrained = PixelNetwork(build_model("preactresnet18", 10), (0, 0, 0), (1, 1, 1)).eval()
+        return PictureNetwork(untrained, torch.arange(3), None, maps), "saliency: fine-grained map"
+    network, about = load_network(args.checkpoint, arch=args.arch, dataset=args.trained_on)
+    side = min(about.image_size)
+    labels = sources.labels
+    if labels is None or args.dataset != about.dataset or sources.classes != (about.classes or sources.classes):
+        with torch.no_grad():
+            labels = network(at_side(sources.pixels, side)).argmax(dim=1)
+    origin = f"saliency: gradient of {about.arch} trained on {about.dataset or 'unnamed images'}"
+    return PictureNetwork(network, labels, side), origin
 
 
-# ------------------------------------------------------------------------------------------------------------- saliency
-
-
-def network_maps(network: nn.Module, state: dict[str, Any], sources: Sources, args: argparse.Namespace) -> Maps:
-    """The gradient in the pixels, at the resolution the network was trained at, enlarged to the images'."""
-    settings = state.get("settings", {})
-    classes = network(torch.zeros(1, 3, SIDE, SIDE)).shape[1]
-    dataset = trained_on(settings, classes)
-    usual = load_data.NORMALISATION.get(dataset, load_data.NORMALISATION["cifar10"])
-    mean, std = (
-        torch.tensor(state.get(key, value)).view(3, 1, 1) for key, value in zip(("mean", "std"), usual, strict=True)
-    )
-    height, width = sources.pixels.shape[2:]
-    scale = (trained_side(settings, classes) or min(height, width)) / min(height, width)
-    images = resize(sources.pixels, round(height * scale), round(width * scale)) - mean
-    images /= std
-    with torch.no_grad():
-        guess = network(images).argmax(dim=1)
-    known = args.dataset == dataset and sources.classes == state.get("classes", sources.classes)
-    labels = sources.labels if sources.labels is not None and known else guess
-
-    def clean(logits: Tensor) -> Tensor:
-        return bce_loss(logits, one_hot(labels, classes))
-
-    gradient, _ = saliency_pass(network, images, clean)
-    blurred = gaussian_blur(mean_magnitude(gradient), 5, 1.0)
-    gradient, _ = saliency_pass(network, images, lambda logits: F.cross_entropy(logits, labels))
-    blurred, sharp = (
-        ones_where_zero(resize(m[:, None], height, width)[:, 0]) for m in (blurred, root_mean_square(gradient))
-    )
-    return Maps(blurred, sharp, f"saliency: gradient of {state['arch']} trained on {dataset}")
-
-
-def fine_grained_maps(pixels: Tensor) -> Maps:
-    """SaliencyMix's map, for all."""
-    sigma = min(pixels.shape[2:]) / 32
-    maps = fine_grained_saliency(to_bytes(pixels)).float()
-    blurred = ones_where_zero(gaussian_blur(maps, 2 * int(2 * sigma) + 1, sigma))
-    return Maps(blurred, blurred, "saliency: fine-grained map")
-
-
-def resize(images: Tensor, height: int, width: int) -> Tensor:
-    if images.shape[2:] == (height, width):
-        return images
-    return F.interpolate(images, (height, width), mode="bilinear", antialias=True)
+def at_side(pixels: Tensor, side: int | None) -> Tensor:
+    """[B, 3, H, W] with a shorter side of ``side``."""
+    height, width = pixels.shape[2:]
+    scale = (side or min(height, width)) / min(height, width)
+    if scale == 1:
+        return pixels
+    size = (round(height * scale), round(width * scale))
+    return F.interpolate(pixels, size, mode="bilinear", antialias=True)
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
@@ -275,112 +260,119 @@ def to_bytes(pixels: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- mixing
 
 
-def mix(sources: Sources, maps: Maps, lam: float, seed: int) -> dict[str, Mixed]:
-    """What the six methods make of the sources, under the methods' names."""
-    rng = np.random.default_rng(seed)
-    a, b = sources.pixels[:1], sources.pixels[1:2]
-    pair = sources.pixels[:2]
-    height, width = pair.shape[2:]
-    results = {"input": Mixed(mix_images(pair, SWAP, lam)[0], shares(lam))}
+class Chosen(np.random.Generator):
+    """Random numbers, but for λ, which is given, the shares of several images, which are equal, and the pairs: every
+    image is mixed with the next one."""
 
-    box: Any = cut_box(height, width, lam, rng.uniform(0, height), rng.uniform(0, width))
-    mixed, ratio, mask = paste_box(pair, SWAP, box)
-    results["cutmix"] = Mixed(mixed[0], shares(ratio), [Tile("weight of a", grey(mask))])
+    def __init__(self, seed: int, lam: float) -> None:
+        super().__init__(np.random.PCG64(seed))
+        self.lam = lam
 
-    fine = fine_grained_saliency(to_bytes(b))[0]
-    mixed, ratio, mask = paste_box(pair, SWAP, peak_box(height, width, lam, *saliency_peak(fine)))
-    results["saliencymix"] = Mixed(
-        mixed[0], shares(ratio), [Tile("saliency of b", fine.float()), Tile("weight of a", grey(mask))]
-    )
+    def beta(self, a: Any, b: Any, size: Any = None) -> Any:
+        return self.lam
 
-    # pixels are 0 … 1 here, and blocks move as a whole, as in Tiny-ImageNet's preset
-    puzzle: tuple[Any, ...] = (pair, maps.sharp[:2], SWAP, lam, PUZZLE_BLOCKS, [0.0] * 3, [1.0] * 3)
-    mixed, ratio = puzzle_mix(*puzzle, t_size=-1)
-    seen = [Tile("saliency of a", maps.sharp[0]), Tile("saliency of b", maps.sharp[1])]
-    results["puzzle"] = Mixed(
-        mixed[0], shares(ratio[0]), [*seen, Tile("weight of a", grey(block_mask(*puzzle, t_size=-1)[0]))]
-    )
+    def dirichlet(self, alpha: Any, size: Any = None) -> Any:
+        return np.full(len(alpha), 1 / len(alpha))
 
-    drawn: dict[str, Any] = {
-        "prior": np.full(3, 1 / 3),
-        "initial_labels": rng.integers(3, size=(3, CELLS, CELLS)),
-        "compatibility": compatibility(maps.sharp, 0.001),
-    }
-    mixed, targets = co_mix(sources.pixels, torch.eye(3), maps.sharp, **drawn)
-    output = int(torch.special.entr(targets).sum(dim=1).argmax())
-    cells = assign(maps.sharp, **drawn)[output].permute(2, 0, 1)
-    seen = [Tile(f"saliency of {name}", s) for name, s in zip("abc", maps.sharp, strict=True)]
-    results["comix"] = Mixed(mixed[output], targets[output], [*seen, Tile("cells", cells, "a red\nb green\nc blue")])
+    def permutation(self, x: Any, axis: int = 0) -> Any:
+        return np.roll(np.arange(x), -1)
 
-    unit = maps.blurred / maps.blurred.sum(dim=(1, 2), keepdim=True)
-    s_a, s_b = lam * unit[:1], (1 - lam) * unit[1:2]
-    offsets = best_offsets(s_a, s_b)
-    mixed, ratio = blend(a, b, s_a, s_b, offsets)
-    none = torch.zeros_like(s_a)
-    mask = blend(torch.ones_like(s_a)[:, None], none[:, None], s_a, s_b, offsets)[0][0, 0]
-    moved = blend(none[:, None], s_b[:, None], none, s_b, offsets)[0][0, 0]
-    seen = [Tile("saliency of a", s_a[0]), Tile("saliency of b", s_b[0]), Tile("both, b moved", s_a[0] + moved)]
-    results["sage"] = Mixed(mixed[0], shares(ratio[0]), [*seen, Tile("weight of a", grey(mask))])
-    return results
+
+def show(name: str, sources: Sources, network: PictureNetwork, args: argparse.Namespace) -> Shown | None:
+    """What a method makes of the sources; None where there is nothing to be seen."""
+    blur = max(1.0, min(sources.pixels.shape[2:]) / (network.side or SIDE))
+    method = build_method(
+        name, "", network.num_classes, mean=(0, 0, 0), std=(1, 1, 1), clean_lam=0.0,
+        rand_pos=1.0, blur_sigma=blur, kernel_size=2 * int(2 * blur) + 1, t_size=-1,
+    )  # fmt: skip
+    mixed, draws = mix(method, sources.pixels, network, Chosen(args.seed, args.lam))
+    pairs = mixed.partner is not None
+    output = 0 if pairs else int(torch.special.entr(mixed.targets).sum(dim=1).argmax())
+    shares = mixed.targets[output, :3]
+    if mixed.images is not None:
+        tiles = tiles_of_pair(method, sources, mixed, args.lam) if pairs else tiles_of_all(method, mixed, draws)
+        return Shown(mixed.images[output], shares, list(tiles))
+    if network.features is None:
+        return None
+    before, after = network.features
+    return Shown(after[0], shares, [Tile("features of a", before[0]), Tile("features of b", before[1])])
+
+
+def mix(method: Method, pixels: Tensor, network: PictureNetwork, rng: np.random.Generator) -> tuple[Mixed, Any]:
+    """The sources mixed by a method, and its draws: the first that do not leave the batch as it is, if any do."""
+    network.features = None
+    for _ in range(20):
+        draws = method.draw(rng, 3, *pixels.shape[2:])
+        if hasattr(draws, "mix_at"):
+            draws.mix_at = 1  # after the first stage, whose features still look like images
+        with torch.no_grad():
+            mixed = method.step(network, pixels, torch.arange(3), draws).mixed
+        if mixed.images is not pixels:
+            break
+    return mixed, draws
+
+
+def tiles_of_pair(method: Method, sources: Sources, mixed: Mixed, lam: float) -> Iterator[Tile]:
+    """From the first two images to the first mixed one."""
+    if mixed.saliency is not None:
+        a, b = (maps[0] for maps in mixed.saliency)
+        yield Tile("saliency of a", a)
+        yield Tile("saliency of b", b)
+    if method.name == "saliencymix":
+        yield Tile("saliency of b", fine_grained_saliency(to_bytes(sources.pixels[1:2]))[0].float())
+    if mixed.mask is None or mixed.mask[0].min() == mixed.mask[0].max():
+        return
+    mask = mixed.mask[0]
+    if method.name == "sage":  # A/(A + B') is its mask, so that both maps together are A over the mask
+        yield Tile("both, b moved", torch.where(mask > 0, lam * a / a.sum() / mask, 0))
+    yield Tile("weight of a", grey(mask))
+
+
+def tiles_of_all(method: Method, mixed: Mixed, draws: Any) -> Iterator[Tile]:
+    """From three images to a mixed one, which may show any of them in any place."""
+    if mixed.saliency is None:
+        return
+    maps = mixed.saliency[0]
+    yield from (Tile(f"saliency of {name}", of) for name, of in zip("abc", maps, strict=True))
+    # the same assignment once more, of images of one colour
+    colours = torch.eye(3)[:, :, None, None].repeat(1, 1, *maps.shape[1:])
+    known = KnownSaliency(maps, method.num_classes)
+    of_colours = method.mix(known, colours, torch.arange(3), draws)
+    if of_colours.images is not None and torch.equal(of_colours.targets, mixed.targets):
+        output = int(torch.special.entr(mixed.targets).sum(dim=1).argmax())
+        yield Tile("cells", of_colours.images[output], "a red\nb green\nc blue")
 
 
 def grey(mask: Tensor) -> Tensor:
-    """[H, W] in 0 … 1 as colours [3, H, W]."""
+    """[H, W] in [0, 1] as colours [3, H, W]."""
     return mask.expand(3, *mask.shape)
 
 
-def shares(ratio: Any) -> Tensor:
-    """The target's shares of three sources where ``ratio`` is that of the first."""
-    return torch.tensor([float(ratio), 1 - float(ratio), 0.0])
+# ------------------------------------------------------------------------------------------------------------- plotting
 
 
-def strips(sources: Sources, maps: Maps, network: nn.Module | None, lam: float, seed: int) -> dict[str, Mixed]:
-    """``mix``, and the two methods whose mixed image is none."""
-    torch.manual_seed(seed)
-    network = network or build_model("preactresnet18", 10).eval()
-    activations: list[Tensor] = []
-
-    def look(features: Tensor) -> Tensor:
-        for seen in (features, mix_images(features, SWAP, lam)):
-            activations.append(seen.abs().mean(dim=1))
-        return features
-
-    with torch.no_grad():
-        network(sources.pixels[:2], 1, look)
-    (of_a, of_b), (mixed, _) = activations
-    manifold = [Tile("features of a", of_a), Tile("features of b", of_b)]
-    return {
-        "vanilla": Mixed(sources.pixels[0], shares(1)),
-        "manifold": Mixed(mixed, shares(lam), manifold),
-        **mix(sources, maps, lam, seed),
-    }
-
-
-# -------------------------------------------------------------------------------------------------------------- drawing
-
-
-def row(sources: Sources, origin: str, results: dict[str, Mixed]) -> Figure:
+def row(sources: Sources, origin: str, results: dict[str, Shown]) -> Figure:
     """The sources at the left, then every method's image over its target."""
     tiles = [Tile(name, image) for name, image in zip(sources.names, sources.pixels, strict=True)]
     made = [Tile(METHODS[name].title, mixed.image, target(sources, mixed)) for name, mixed in results.items()]
-    return draw(tiles, made, max(1, round(TILE / min(sources.pixels.shape[2:]))), origin)
+    return plot(tiles, made, max(1, round(TILE / min(sources.pixels.shape[2:]))), origin)
 
 
-def strip(sources: Sources, mixed: Mixed) -> Figure:
+def strip(sources: Sources, mixed: Shown) -> Figure:
     """One method from its sources to its mixed image."""
     made = Tile("mixed" if mixed.shares.max() < 1 else "unmixed", mixed.image, target(sources, mixed))
     last = int(mixed.shares.nonzero().max()) + 1
     tiles = [Tile(f"{'abc'[i]}: {sources.names[i]}", sources.pixels[i]) for i in range(last)] if last > 1 else []
-    return draw([*tiles, *mixed.steps], [made], TILE / 2 / min(sources.pixels.shape[2:]))
+    return plot([*tiles, *mixed.steps], [made], TILE / 2 / min(made.image.shape[-2:]))
 
 
-def target(sources: Sources, mixed: Mixed) -> str:
+def target(sources: Sources, mixed: Shown) -> str:
     """The target as text, a line a source."""
     percent = [round(100 * share) for share in mixed.shares.tolist()]
     return "\n".join(f"{value} % {name}" for value, name in zip(percent, sources.names, strict=True) if value)
 
 
-def draw(left: Sequence[Tile], right: Sequence[Tile], scale: float, note: str = "") -> Figure:
+def plot(left: Sequence[Tile], right: Sequence[Tile], scale: float, note: str = "") -> Figure:
     """Two groups of tiles in one row; a pixel of the last tile is ``scale`` × ``scale`` of the picture's."""
     height, width = (round(side * scale) for side in right[-1].image.shape[-2:])
     gap, text = max(3, width // 40), max(10.0, width / 14)  # pixels
@@ -389,15 +381,15 @@ def draw(left: Sequence[Tile], right: Sequence[Tile], scale: float, note: str = 
     above, below = round(2 * text), round(1.5 * text + 1.35 * text * max(tile.caption.count("\n") for tile in tiles))
     across, down = starts[-1] + width + gap, above + height + below
     figure = Figure(figsize=(across / 100, down / 100), dpi=100)
-    words: dict[str, Any] = {"fontsize": 0.72 * text, "linespacing": 1.25}
+    style: dict[str, Any] = {"fontsize": 0.72 * text, "linespacing": 1.25}
     for tile, start in zip(tiles, starts, strict=True):
         axes = figure.add_axes((start / across, below / down, width / across, height / down), xticks=[], yticks=[])
         axes.imshow(pixels_of(tile.image), interpolation="nearest" if scale >= 1 else "antialiased", aspect="auto")
         axes.spines[:].set(color="0.6", linewidth=0.5)
         middle = (start + width / 2) / across
-        figure.text(middle, (below + height + 0.5 * text) / down, tile.title, va="bottom", ha="center", **words)
-        figure.text(middle, (below - 0.3 * text) / down, tile.caption, va="top", ha="center", **words)
-    figure.text(gap / across, (below - 0.3 * text) / down, note, va="top", color="0.35", **words)
+        figure.text(middle, (below + height + 0.5 * text) / down, tile.title, va="bottom", ha="center", **style)
+        figure.text(middle, (below - 0.3 * text) / down, tile.caption, va="top", ha="center", **style)
+    figure.text(gap / across, (below - 0.3 * text) / down, note, va="top", color="0.35", **style)
     return figure
 
 

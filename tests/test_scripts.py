@@ -13,10 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from mixup import METHODS
 from models import build_model
 from tests.common import ENVIRONMENT, ROOT
-
-METHODS = ("vanilla", "input", "manifold", "cutmix", "saliencymix", "puzzle", "comix", "sage")
 
 
 def run(script: str, *words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -52,8 +51,9 @@ def test_compare_mixes_any_three_images(checkpoint: Path, tmp_path: Path) -> Non
         noise = rng.integers(0, 6, (*shape, 3))
         Image.fromarray((noise + colour).astype(np.uint8)).save(tmp_path / f"{i}.png")
     images = [tmp_path / f"{i}.png" for i in range(3)]
+    published = ["--checkpoint", checkpoint, "--arch", "preactresnet18", "--trained_on", "cifar10"]
     for out in ("one.png", "two.png"):
-        run("compare.py", *images, "--out", tmp_path / out, "--checkpoint", checkpoint)
+        run("compare.py", *images, "--out", tmp_path / out, *published)
     picture = pixels(tmp_path / "one.png")
     assert np.array_equal(picture, pixels(tmp_path / "two.png"))  # one seed, one picture
     assert picture.shape[1] > 9 * 96
@@ -69,6 +69,22 @@ def test_compare_draws_a_strip_of_each_method(tmp_path: Path) -> None:
     files = {tmp_path / f"{name}.png" for name in METHODS}
     assert set(tmp_path.iterdir()) == files
     assert set(map(Path, done.stdout.splitlines())) == files
+
+
+def test_every_source_has_a_class_of_its_own_and_its_own_saliency() -> None:
+    """Three images that a network of two classes takes for the same: the loss of each is that of its class."""
+    from scripts.compare import PictureNetwork
+    from utils.checkpoint import PixelNetwork
+
+    torch.manual_seed(0)
+    network = PixelNetwork(build_model("preactresnet18", 2, initial_channels=2), (0.5,) * 3, (0.2,) * 3).eval()
+    pixels, labels = torch.rand(3, 3, 64, 96), torch.tensor([1, 1, 0])
+    seen = PictureNetwork(network, labels, side=32)
+    small = torch.nn.functional.interpolate(pixels, (32, 48), mode="bilinear", antialias=True)
+    assert seen.num_classes == 5
+    expected = torch.nn.functional.cross_entropy(network(small), labels, reduction="none")
+    got = torch.nn.functional.cross_entropy(seen(pixels), torch.arange(3), reduction="none")
+    torch.testing.assert_close(got, expected)
 
 
 def test_compare_takes_images_of_a_dataset(tmp_path: Path) -> None:
@@ -87,13 +103,17 @@ def test_compare_takes_images_of_a_dataset(tmp_path: Path) -> None:
         (2, "--out nowhere/picture.png", "nowhere"),
         (1, "nowhere/a.png b.png c.png", "nowhere/a.png"),
         (1, "--checkpoint nowhere.pth.tar", "nowhere.pth.tar"),
+        (1, "--checkpoint PUBLISHED --trained_on cifar10", "does not say its network's arch"),
+        (1, "--checkpoint PUBLISHED --arch preactresnet18", "does not say its network's image_size, mean, std"),
     ],
 )
-def test_compare_refuses_in_one_line(code: int, words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_refuses_in_one_line(
+    code: int, words: str, message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from scripts import compare
 
     try:
-        left = compare.main(words.split())
+        left = compare.main(words.replace("PUBLISHED", str(checkpoint)).split())
     except SystemExit as stopped:
         left = stopped.code  # type: ignore[assignment]
     error = capsys.readouterr().err
@@ -188,6 +208,7 @@ def test_compare_takes_labels_of_the_classes_that_were_learnt(
     weights = build_model("preactresnet18", 2, initial_channels=2).state_dict()
     settings = {"dataset": "folder", "arch": "preactresnet18", "initial_channels": 2, "image_size": 32}
     good = {"settings": settings, "state_dict": weights, "classes": ["dark", "light"]}
+    good |= {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
     words = ["--dataset", "folder", "--data_dir", tmp_path, "--image_size", 32, "--out", tmp_path / "p.png"]
     for content in (good, {**good, "state_dict": []}, {**good, "settings": 1}, {**good, "settings": {"arch": "vgg"}}):
         torch.save(content, tmp_path / "c.pth")

@@ -236,6 +236,25 @@ def test_a_batch_that_stays_unmixed_comes_back_as_given(name: str) -> None:
     assert mixed.partner is mixed.saliency is mixed.mask is None
 
 
+@pytest.mark.parametrize("name", ["sage", "puzzle", "puzzle clean", "comix"])
+@pytest.mark.parametrize("num_classes", [2, 3, 10])
+def test_known_saliency(name: str, num_classes: int) -> None:
+    """A map takes the place of the network's gradient, whatever the loss and the class."""
+    from mixup.saliency import KnownSaliency
+
+    settings = {**CASES[name], "prob_mix": 0.7, "blur_sigma": 1e-3}
+    method, (images, _) = build_method(name.split()[0], "cifar10", num_classes, **settings), batch()
+    maps = torch.rand(5, 16, 16)
+    for label in range(num_classes):
+        draws = draws_of(method, images, label)
+        mixed = method.mix(KnownSaliency(maps, num_classes), images, torch.full((5,), label), draws)
+        assert mixed.saliency is not None
+        count = 5 if name == "sage" else 3
+        ratio = mixed.saliency[0][-count:] / maps[-count:]
+        torch.testing.assert_close(ratio, ratio[:, :1, :1].expand_as(ratio), rtol=1e-4, atol=0)
+        assert (ratio > 0).all()
+
+
 # ------------------------------------------------------------------------------------------------------- mean and std
 
 
