@@ -294,6 +294,19 @@ def test_runs_on_other_images_or_from_other_weights_are_not_averaged(tmp_path: P
     assert cells(text, "Vanilla (begun from 44444444)")[0] == ["90.00 (1)", "–"]
 
 
+def test_runs_of_older_versions_are_averaged_with_those_they_may_be_of(tmp_path: Path) -> None:
+    digests = {"train": "1" * 32, "test": "2" * 32}
+    folder = make_run(tmp_path / "runs", "vanilla", 1, 70.0, labels_per_class=None)
+    told(folder, digests=digests)  # today's: no image was left out
+    make_run(tmp_path / "runs", "vanilla", 2, 71.0, labels_per_class=5000)
+    make_run(tmp_path / "runs", "vanilla", 3, 60.0, learning_rate=0.1)
+    text = shown(tmp_path / "runs")
+    assert cells(text, "Vanilla")[0] == ["60.00 (1)", "70.50 ± 0.71 (2)"]
+    # it could be of either of two sets of images: then of neither
+    told(make_run(tmp_path / "runs", "vanilla", 4, 80.0, labels_per_class=None), digests=digests | {"train": "3" * 32})
+    assert sorted(cells(shown(tmp_path / "runs"), "Vanilla")[0]) == ["60.00 (1)", "70.00 (1)", "71.00 (1)", "80.00 (1)"]
+
+
 def test_an_evaluation_of_another_test_set_does_not_count(tmp_path: Path) -> None:
     digests = {"train": "1" * 32, "test": "2" * 32}
     for seed, test in ((1, {"test_digest": "2" * 32}), (2, {"test_digest": "5" * 32}), (3, {})):

@@ -21,6 +21,7 @@ from models import ARCHITECTURES
 from . import options, records
 from .archive import atomic_write
 from .errors import UserError
+from .runs import Identity, differences
 
 Key = tuple[str, ...]
 Row = dict[str, str]  # numbers stay text, so that a table of runs says exactly what its folders say
@@ -352,7 +353,7 @@ def words(key: Key) -> list[str]:
 
 def grouped(rows: Sequence[Row], state: str = "finished") -> tuple[list[Group], list[Row]]:
     """Runs that are averaged, in the tables' order, and the runs of a seed that another run has."""
-    rows = comparable([row for row in rows if row["state"] != "damaged"])
+    rows = comparable(completed([row for row in rows if row["state"] != "damaged"]))
     columns, labels = column_names(rows), row_names(rows)
     groups: dict[tuple[str, str], dict[str, Row]] = {}
     repeated = []
@@ -362,6 +363,30 @@ def grouped(rows: Sequence[Row], state: str = "finished") -> tuple[list[Group], 
             if seeds.setdefault(row["seed"], row) is not row:
                 repeated.append(row)
     return [Group(*names, list(seeds.values())) for names, seeds in groups.items()], repeated
+
+
+def completed(rows: Sequence[Row]) -> list[Row]:
+    """The rows; those of older versions, which lack digests, take them from the runs that they agree with in all else,
+    if these are all of the same images and origin."""
+    missing = [*DIGESTS, "labels_per_class"]  # older versions wrote the flag, also where it limited nothing
+    others = [name for name in (*COLUMN, *ROW) if name not in missing]
+    known: dict[Key, dict[Key, Row]] = {}
+    for row in rows:
+        if row["test_digest"]:
+            known.setdefault(key_of(row, others), {}).setdefault(key_of(row, missing), row)
+    full = []
+    for row in rows:
+        like = [] if row["test_digest"] else [*known.get(key_of(row, others), {}).values()]
+        like = [other for other in like if not differences(identity(other), identity(row))]
+        full.append(row | {name: like[0][name] for name in missing} if len(like) == 1 else row)
+    return full
+
+
+def identity(row: Row) -> Identity:
+    """What a run is; settings as text."""
+    digests = {split: row[f"{split}_digest"] for split in ("train", "test") if row[f"{split}_digest"]}
+    settings = {name: row[name] for name in ("dataset", "arch", "method", *TRAINING, "settings", "add_name")}
+    return Identity(settings, digests, row["begun_from"] or None)
 
 
 def comparable(rows: Sequence[Row]) -> list[Row]:
