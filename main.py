@@ -11,14 +11,13 @@ The same command given again continues a run that was stopped, from its last che
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils import errors
-
-if __name__ == "__main__":
-    errors.begin()
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
@@ -128,4 +127,5 @@ def evaluate(args: argparse.Namespace, given: set[str]) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main())

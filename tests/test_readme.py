@@ -1,4 +1,4 @@
-"""README's commands and code are what the program takes."""
+"""README's and docs' commands, code, names and links are what there is."""
 
 from __future__ import annotations
 
@@ -6,24 +6,47 @@ import re
 import shlex
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 import main
 from load_data import Data, Split, train_batches
-from mixup import METHODS
+from mixup import METHODS, build_method
 from tests.common import ENVIRONMENT, ROOT
 from utils import options
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {"README.md": README} | {
+    f"docs/{path.name}": path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))
+}
 COMMANDS = [line for line in README.splitlines() if line.startswith("python3 main.py") and "…" not in line]
+MORE = [
+    line
+    for page in PAGES.values()
+    for line in page.splitlines()
+    if line.startswith("python3 main.py") and "…" not in line
+]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def words(page: str) -> int:
+    """Words of a page without its code blocks, tables, comments and addresses of links."""
+    text = re.sub(r"```.*?```|<!--.*?-->", "", page, flags=re.DOTALL)
+    text = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+    return len(re.sub(r"\]\(.*?\)", "]", text, flags=re.DOTALL).split())
+
+
+def test_the_front_page_is_short() -> None:
+    assert words("one two\n| three |\n[four](five/six.md)\n```bash\nseven\n```") == 3
+    assert words(README) <= 1500
+
+
+@pytest.mark.parametrize("command", sorted(set(MORE)))
 def test_commands_are_understood(command: str) -> None:
     filled = command.replace("[arch]", "wrn16_8").replace("[baseline_method]", "comix")
     args, given = options.parse(shlex.split(filled, comments=True)[2:])
@@ -66,15 +89,20 @@ def test_the_papers_commands_are_there() -> None:
     assert len(BASELINES) == 2
 
 
-def test_your_own_loop() -> None:
+def test_your_own_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands, but on the CPU and on two batches of noise."""
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    names: dict[str, object] = {}
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    fake = partial(torchvision.datasets.FakeData, 8, (3, 32, 32), 10)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda root, download, transform: fake(transform))
+    for pattern, here in ((r"\.cuda\(\)", ""), ('"cuda"', '"cpu"'), ("batch_size=100", "batch_size=4")):
+        code, changes = re.subn(pattern, here, code)
+        assert changes
+    names: dict[str, Any] = {}
     exec(code, names)
-    model, images = main.build_model("preactresnet18", 5, initial_channels=4), torch.randn(4, 3, 32, 24)
-    mixed, partner, ratio = names["sage_batch"](model, images, torch.arange(4), 5, 0.4)  # type: ignore[operator]
-    assert mixed.shape == images.shape
-    assert sorted(partner.tolist()) == [0, 1, 2, 3]
-    assert ((ratio > 0) & (ratio < 1)).all()
+    assert names["loss"].isfinite()
+    assert all(parameter.grad is not None for parameter in names["model"].parameters())
+    assert names["sage"].loss is torch.nn.functional.cross_entropy
 
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -126,16 +154,69 @@ def test_commands_of_the_page_are_run_or_say_what_they_need(tree: Path, tmp_path
     assert not left
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"bash (scripts/\S+\.sh)", README))
-def test_files_that_are_named_exist(path: str) -> None:
-    assert (ROOT / path).exists()
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name: str) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", PAGES[name]):
+        path, _, heading = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        if "://" not in link:
+            assert target.exists(), link
+            assert not heading or heading in anchors(target.read_text(encoding="utf-8")), link
 
 
-def test_messages_of_the_troubleshooting_table_are_those_of_the_program() -> None:
-    table = README.split("## Troubleshooting")[1].split("\n## ")[0]
-    messages = re.findall(r"^\| `(.*?)` \|", table, flags=re.MULTILINE)
+def anchors(page: str) -> set[str]:
+    """The headings of a page as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)$", page, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_names_are_those_of_the_tree(name: str) -> None:
+    """Scripts, tests, and Python code."""
+    page = PAGES[name]
+    assert [path for path in re.findall(r"bash (scripts/\S+\.sh)", page) if not (ROOT / path).exists()] == []
+    tests = set(re.findall(r"def (test_\w+)", "".join(path.read_text("utf-8") for path in ROOT.glob("tests/*.py"))))
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert named - tests == set()
+    assert named or name != "docs/differences.md"
+    for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        compile(code, name, "exec")
+
+
+def test_every_file_has_its_place_on_the_map() -> None:
+    map_of_files = README.split("## Files")[1].split("```")[1]
+    named = set(re.findall(r"[\w.]+\.py", map_of_files))
+    known = {path.name for path in ROOT.glob("*.py")} | {path.name for path in ROOT.glob("mixup/*.py")}
+    assert known - named == {"__init__.py"}
+    assert named <= known | {path.name for path in ROOT.glob("*/*.py")}
+    folders = set(re.findall(r"(\w+)/(?= |,)", map_of_files))
+    assert folders == {"mixup", "models", "utils", "scripts", "docs", "figures", "results", "tests"}
+
+
+@pytest.mark.parametrize("flag", ["--train", "--box", "--graph", "--in_batch"])
+def test_flags_that_do_not_exist_here(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        options.parse(["--method", "puzzle", flag, "True"])
+    assert flag in capsys.readouterr().err
+
+
+def test_given_values_win_over_presets() -> None:
+    args, _ = options.parse(["--method", "comix", "--mixup_alpha", "0.7", "--clean_lam", "0.5", "--m_beta", "0.1"])
+    method: Any = build_method("comix", "cifar10", 10, **options.method_settings(args))
+    assert (method.mixup_alpha, method.clean_lam, method.m_beta) == (0.7, 0.5, 0.1)
+    preset: Any = build_method("comix", "cifar10", 10)
+    assert (preset.mixup_alpha, preset.clean_lam) == (2, 1)
+
+
+def test_process_counts_are_accepted() -> None:
+    """And are no part of what a run is."""
+    assert {"mp", "workers"} <= options.parse(["--mp", "3", "--workers", "5"])[1] & options.NOT_PART_OF_A_RUN
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_program() -> None:
+    messages = re.findall(r"^\| `(.*?)` \|", PAGES["docs/troubleshooting.md"], flags=re.MULTILINE)
     files = [ROOT / "main.py", ROOT / "load_data.py", *ROOT.glob("utils/*.py"), *ROOT.glob("mixup/*.py")]
     source = "".join(path.read_text(encoding="utf-8") for path in files)
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # a string over several lines
-    assert len(messages) > 8
+    assert len(messages) > 24
     assert [part for message in messages for part in message.split(" … ") if part not in source] == []
