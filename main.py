@@ -11,13 +11,14 @@ The same command given again continues a run that was stopped, from its last che
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from utils import errors
+
+if __name__ == "__main__":
+    errors.begin()
 
 import torch
 
@@ -127,5 +128,4 @@ def evaluate(args: argparse.Namespace, given: set[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main())
+    errors.run(main)

@@ -11,8 +11,10 @@
 # architecture SAGE_FLAGS_wrn16_8="…", in the environment; COMIX_FLAGS and the like for the others. Finished runs are skipped and stopped ones continued, so the
 # same call can be typed again. A failed run does not stop the others; what is not finished is listed at the end, and the
 # exit code is then 1.
+# Relative paths count from the folder this is called in.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+checkout=$(cd "$(dirname "$0")/.." && pwd) program=main.py
+[ "$PWD" -ef "$checkout" ] || program=$checkout/main.py
 
 methods="vanilla input manifold cutmix saliencymix puzzle comix sage" archs=preactresnet18 seeds=0
 jobs="" dry_run="" task="" count=""
@@ -25,11 +27,12 @@ while [ $# -gt 0 ]; do
     --dry_run) dry_run=1; shift ;;
     --count) count=1; shift ;;
     --) shift; break ;;
-    *) die "unknown word $1 (flags of main.py go behind --)" ;;
+    *) die "unknown argument $1 (flags of main.py go behind --)" ;;
   esac
 done
-python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-# the GPUs of the box, or those that the caller allows
+for list in methods archs seeds; do [[ ${!list} =~ [^[:space:]] ]] || die "--$list names none"; done
+python=${PYTHON:-$([ -x "$checkout/.venv/bin/python" ] && echo "$checkout/.venv/bin/python" || echo python3)}
+# the GPUs of the machine, or those that the caller allows
 IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+' | paste -sd,)}"
 gpus=${#devices[@]}
 jobs=${jobs:-$((gpus > 0 ? gpus : 1))}
@@ -43,7 +46,7 @@ for arch in $archs; do
       flags_of_arch=${flags}_$arch
       extra=${!flags_of_arch:-${!flags:-}}
       # shellcheck disable=SC2086
-      commands+=("$(printf '%q ' "$python" main.py "$@" --arch "$arch" --method "$method" --seed "$seed" $extra)")
+      commands+=("$(printf '%q ' "$python" "$program" "$@" --arch "$arch" --method "$method" --seed "$seed" $extra)")
     done
   done
 done
@@ -60,7 +63,7 @@ if [ -n "$dry_run" ]; then
 fi
 
 # Workers, one a GPU where there are any, take the next run that none has taken; making its folder is the taking.
-results=$(mktemp -d)
+results=$(mktemp -d) || die "there is no folder for temporary files: TMPDIR=${TMPDIR:-/tmp}"
 stop() { # the exit code: every run saves first
   kill $(jobs -p) 2>/dev/null
   wait
@@ -70,6 +73,7 @@ stop() { # the exit code: every run saves first
 }
 trap 'stop 143' TERM
 trap 'stop 130' INT
+trap 'stop 129' HUP # stays ignored under nohup
 worker() {
   trap 'kill $! 2>/dev/null; wait $!; exit 143' TERM
   [ "$gpus" -eq 0 ] || export CUDA_VISIBLE_DEVICES=${devices[$1 % gpus]}

@@ -109,6 +109,23 @@ def without_pictures() -> None:
     pictures.plot_curves = pictures.plot_mixed = lambda path, *rest: path.write_bytes(b"")  # type: ignore[assignment]
 
 
+def saturate() -> None:
+    """Networks begin with so large a bias that no gradient is left."""
+    import torch
+
+    import main
+
+    build = main.build_model
+
+    def saturated(*arguments: Any) -> Any:
+        model = build(*arguments)
+        with torch.no_grad():
+            model.linear.bias[0] = 1e4
+        return model
+
+    main.build_model = saturated
+
+
 def send_at(where: str, *numbers: int, call: int = 1) -> None:
     """This process sends itself signals when function ``module:name`` is called for the given time."""
     counts = {"calls": 0}

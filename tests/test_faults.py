@@ -11,9 +11,10 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,8 +27,10 @@ from torch import Tensor, nn
 from mixup import METHODS, build_method
 from tests import forked
 from tests.common import rows
-from utils import archive, checkpoint, options
+from utils import archive, checkpoint, options, runs, train
 from utils.archive import remove_leftovers
+from utils.errors import UserError
+from utils.runs import Progress, Training
 
 KILLS = 7  # of each method
 OF_METHOD = {"sage": ["--rand_pos", "0.05", "--update_ratio", "0.7"], "vanilla": ["--dropout", "True"]}
@@ -354,6 +357,7 @@ def test_overwrite_of_nothing(words: list[object], tmp_path: Path, whole: Path) 
         ("utils.train:draw", 2, [signal.SIGTERM], 143),
         ("utils.train:draw", 4, [signal.SIGINT], 130),
         ("utils.train:draw", 5, [signal.SIGUSR1], 143),
+        ("utils.train:draw", 5, [signal.SIGHUP], 143),
         ("utils.train:test_batches", 1, [signal.SIGTERM], 143),
         ("utils.checkpoint:link", 3, [signal.SIGINT], 130),
         ("utils.checkpoint:link", 3, [signal.SIGINT, signal.SIGINT], 130),
@@ -603,6 +607,21 @@ def test_links_to_a_disk_that_is_not_mounted(words: list[object], stopped: Path,
     assert_same(stopped, whole)
 
 
+@pytest.mark.parametrize("name", [".lock", "result.json", "config.json", "log.txt", checkpoint.LAST])
+def test_a_pipe_in_place_of_a_file(words: list[object], stopped: Path, name: str) -> None:
+    """Reading it would wait for ever."""
+    (stopped / name).unlink(missing_ok=True)
+    os.mkfifo(stopped / name)
+    _, said = forked.start(*words, "--root_dir", stopped.parent).end()
+    assert "Traceback" not in said
+
+
+def test_slurm_may_count_restarts_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, expected in (("", False), ("0", False), ("2", True), ("many", False)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", value)
+        assert runs.is_restarted() == expected
+
+
 def test_a_short_run_is_saved_once(words: list[object], tmp_path: Path, whole: Path) -> None:
     finish(*words, "--root_dir", tmp_path, "--checkpoint_minutes", 5)
     folder = tmp_path / whole.name
@@ -661,6 +680,37 @@ def test_loss_that_is_not_finite(words: list[object], tmp_path: Path, method: st
     assert f"({method}, learning rate 1e+18). Try a smaller --learning_rate" in said
     for path in tmp_path.glob("*/*.tar"):
         assert all(value.isfinite().all() for value in archive.load(path)["state_dict"].values())
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "comix"])
+def test_a_dead_network_is_stopped(words: list[object], tmp_path: Path, method: str) -> None:
+    """Before anything is saved over the last good checkpoint. Co-Mixup's clean pass has the cross-entropy, whose
+    gradient does not vanish where the output is saturated."""
+    mine = [*words, "--root_dir", tmp_path, "--method", method]
+    code, said = forked.start(*mine, first=forked.saturate).end()
+    assert code == 1, said
+    assert_one_line(said)
+    assert "the network is dead in epoch 0: every gradient of the last batch is exactly 0, at a loss of " in said
+    assert f"where equal probabilities have 0.6931 ({method}, learning rate 0.05)" in said
+    assert not list(tmp_path.glob("*/*.tar"))
+
+
+@pytest.mark.parametrize(("gradient", "logit", "dead"), [(0, -50, True), (0, 50, False), (1e-40, -50, False)])
+def test_a_perfect_fit_and_tiny_gradients_go_on(gradient: float, logit: float, dead: bool) -> None:
+    model = nn.Linear(2, 3)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    model.bias.grad[1] = gradient  # type: ignore[index]
+    logits = torch.zeros(4, 3)
+    logits[:, 0] = logit
+    method = build_method("vanilla", "cifar10", 3)
+    images, labels = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
+    step = method.step(lambda _: logits, images, labels, None)  # type: ignore[arg-type]
+    run: Any = SimpleNamespace(
+        model=model, device=torch.device("cpu"), method=method, training=Training(), progress=Progress()
+    )
+    with pytest.raises(UserError, match="dead in epoch 0") if dead else nullcontext():
+        train.refuse_dead_network(run, step)
 
 
 class Probe(nn.Module):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -221,6 +223,43 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback(tmp_path: Path) -> N
     done = subprocess.run([sys.executable, "main.py"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == -signal.SIGINT
     assert done.stderr == ""
+
+
+def program_with(*interpreter: str, stdout: int = subprocess.PIPE, **environment: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, *interpreter, "main.py", "--help"]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT | environment, stdout=stdout, stderr=subprocess.PIPE, close_fds=True
+    )
+
+
+def test_without_pytorch_one_line_says_what_to_do() -> None:
+    _, said = program_with("-S").communicate()
+    assert said == b"error: this Python has no PyTorch; enter the environment first: source .venv/bin/activate\n"
+
+
+def test_help_on_a_terminal_without_greek_and_to_a_reader_who_leaves() -> None:
+    said, error = program_with(PYTHONIOENCODING="ascii").communicate()
+    assert (b"--method" in said, error) == (True, b"")
+    read, write = os.pipe()
+    os.close(read)
+    process = program_with(stdout=write)
+    os.close(write)
+    assert process.communicate()[1] == b""
+    assert process.returncode == 0
+
+
+def test_a_closed_stderr_stops_nothing(tree: Path, tmp_path: Path) -> None:
+    words = [*SMALL, "--data_dir", tree, "--root_dir", tmp_path, "--epochs", 1, "--schedule", 1, "--gammas", 0.1]
+    command = shlex.join([sys.executable, "main.py", *map(str, words)])
+    done = subprocess.run(f"exec {command} 2>&-", shell=True, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE)
+    assert done.returncode == 0
+    assert b"final 10 epoch acc" in done.stdout
+
+
+def test_home_and_other_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    args, _ = options.parse(["--root_dir=~/runs", "--data_dir", "~/data", "--resume=~/x.pth"])
+    assert (args.root_dir, args.data_dir, args.resume) == ("/home/me/runs", "/home/me/data", "/home/me/x.pth")
 
 
 def test_waiting_for_the_device_at_the_end_of_an_epoch_counts(

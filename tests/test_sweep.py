@@ -92,10 +92,32 @@ def test_array_tasks_are_the_same_runs(calls: Path) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
-@pytest.mark.parametrize("words", [["--seed", "1"], ["--jobs", "0"], ["--methods"]])
+@pytest.mark.parametrize(
+    "words", [["--seed", "1"], ["--jobs", "0"], ["--methods"], ["--methods", " "], ["--seeds", ""]]
+)
 def test_wrong_words_cost_one_line(calls: Path, words: list[str]) -> None:
     done = script("sweep.sh", *words)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert not calls.exists()
+
+
+def test_nothing_is_finished_without_a_folder_for_temporary_files(
+    calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+    done = script("sweep.sh", *SWEEP)
+    assert done.returncode == 2
+    assert "TMPDIR=" in done.stderr
+    assert "finished" not in done.stdout
+
+
+def test_relative_paths_count_from_the_callers_folder(calls: Path, tmp_path: Path) -> None:
+    program = Path(os.environ["PYTHON"])
+    program.write_text(program.read_text().replace('echo "$CUDA', 'echo "$PWD $CUDA'))
+    subprocess.run(["bash", ROOT / "scripts" / "sweep.sh", *SWEEP], cwd=tmp_path, check=True, capture_output=True)
+    lines = calls.read_text().splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith(f"{tmp_path} ") and f" {ROOT}/main.py " in line for line in lines)
 
 
 @pytest.mark.parametrize(("name", "first", "others"), [("cifar10", "0.6", "0.6"), ("cifar100", "0.5", "0.7")])

@@ -1,18 +1,17 @@
-"""How a command ends: errors that the user can mend, signals, and exit codes."""
+"""How a command begins and ends: its streams, errors that the user can mend, signals, and exit codes."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import os
 import signal
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-
-import torch
-
-from mixup.gridcut import NoSolver
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -46,9 +45,46 @@ def out_of_memory(what: str) -> Iterator[None]:
         raise OutOfMemory(f"{what}; allow more memory, or ask for less") from None
 
 
+def begin() -> None:
+    """Before a program's imports, which take seconds: Ctrl-C ends it without a traceback, streams that the caller has
+    closed lead nowhere (a file could otherwise get their number), and one line says if PyTorch is not there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if importlib.util.find_spec("torch") is None:
+        sys.exit("error: this Python has no PyTorch; enter the environment first: source .venv/bin/activate")
+
+
+def run(program: Callable[[], int]) -> NoReturn:
+    """Leave with a program's exit code. What the terminal has no letter for is shown as ?, and a reader of the output
+    who has left (``| head``) is no error."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with suppress(OSError):
+                stream.reconfigure(errors="replace")
+    try:
+        sys.exit(program())
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def exit_code(parser: ArgumentParser, work: Callable[[], int]) -> int:
     """What ``work()`` returns; after one line on stderr about what the user can mend: 2 for bad arguments, 128 + its
     number for a signal, 1 for the rest."""
+    import torch  # not above: ``begin`` is for a Python that may not have it
+
+    from mixup.gridcut import NoSolver
+
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             with suppress(OSError):  # a stream that was put in another's place
@@ -73,8 +109,14 @@ def exit_code(parser: ArgumentParser, work: Callable[[], int]) -> int:
     return 1
 
 
+def stopping_signals() -> list[int]:
+    """What asks a run to save and end; SIGHUP where it is not ignored, as it is under nohup."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, *hangup]
+
+
 class StopSignal:
-    """Remembers SIGTERM, SIGINT or SIGUSR1 so that the loop can finish its batch and save. Stops at once, by
+    """Remembers SIGTERM, SIGINT, SIGUSR1 or SIGHUP so that the loop can finish its batch and save. Stops at once, by
     ``KeyboardInterrupt`` with the exit code, while not ``training``, when there is nothing to save, and on a second
     SIGINT. ``exit_code`` is 0 until a signal came, then 130 (SIGINT) or 143."""
 
@@ -83,8 +125,8 @@ class StopSignal:
         self.training = False
 
     def listen(self) -> StopSignal:
-        """From now on."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        """From now on; SIGHUP stays ignored where it is, as under nohup."""
+        for number in stopping_signals():
             signal.signal(number, self._remember)
         return self
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
@@ -101,6 +102,7 @@ def make_parser() -> Parser:
     def names(known: Iterable[str]) -> str:
         return f"{', '.join(known)} (default: %(default)s)"
 
+    path = os.path.expanduser  # a shell leaves ~ as it is in --root_dir=~/runs
     positive = number(int, low=1)
     non_negative, at_least_zero = number(int, low=0), number(float, low=0)
 
@@ -108,7 +110,7 @@ def make_parser() -> Parser:
     group = parser.add_argument_group("data")
     add = group.add_argument
     add("--dataset", type=one_of(DATASETS), default="cifar10", help=names(DATASETS))
-    add("--data_dir", default="cifar10", help="where the images are, or are downloaded to (default: %(default)s)")
+    add("--data_dir", type=path, default="cifar10", help="where the images are or are downloaded to (%(default)s)")
     add("--image_size", type=number(int, low=8, high=1024), help="side to bring the images of --dataset folder to "
         "(default: their own if all have one up to 128×128, else 64)")
     add("--labels_per_class", type=positive, default=5000, help="training images of each class (default: %(default)s)")
@@ -143,14 +145,15 @@ def make_parser() -> Parser:
 
     group = parser.add_argument_group("records")
     add = group.add_argument
-    add("--root_dir", default="experiments", help="a folder of runs, one folder each (default: %(default)s)")
+    add("--root_dir", type=path, default="experiments", help="a folder of runs, one folder each (default: %(default)s)")
     add("--add_name", default="", help="appended to the run's name")
     add("--job_id", default="0", help="your scheduler's job, noted in config.json (default: 0)")
     add("--print_freq", type=positive, default=100, help="batches between lines, without a terminal (default: 100)")
     add("--log_off", type=boolean, default=False, help="train without writing files (default: False)")
-    add("--checkpoint_minutes", type=number(float, above=0), default=5, help="between saves in an epoch (default: 5)")
+    add("--checkpoint_minutes", type=number(float, above=0), default=5, help="between saves (default: 5)")
     add("--overwrite", type=boolean, default=False, help="start anew; the old folder stays, renamed (default: False)")
-    add("--resume", default="", help="checkpoint to continue from, or to evaluate; a run's own is found without this")
+    add("--resume", type=path, default="", help="a shorter run's checkpoint, or weights to begin "
+        "from or evaluate; a run's own checkpoint is found without this")
     add("--evaluate", type=boolean, nargs="?", const=True, default=False, help="print the test numbers of --resume")
     # fmt: on
 

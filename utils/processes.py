@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import BadArguments, UserError
+from .errors import BadArguments, UserError, stopping_signals
 
 MEETING = timedelta(minutes=5)  # torchrun starts all processes at once; one may have to import from a cold, far disk
 
@@ -72,7 +72,7 @@ def launch(ngpu: int, arguments: Sequence[str]) -> int:
         received.append(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
         child.send_signal(signal.SIGTERM)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+    for number in stopping_signals():
         signal.signal(number, pass_on)
     code = child.wait()
     return 128 + received[0] if received and code else code

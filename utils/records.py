@@ -47,7 +47,7 @@ def start_log(quiet: bool = False) -> None:
 def log_into(path: Path | None) -> None:
     """From now on the log's lines also go to the end of a file, if there is one, and first those that came before."""
     early = log.handlers.pop()
-    if path is not None:
+    if path is not None and (path.is_file() or not path.exists()):  # opening a pipe would wait for ever
         log.addHandler(logging.FileHandler(path, encoding="utf-8"))
         assert isinstance(early, MemoryHandler)
         early.setTarget(log.handlers[-1])
@@ -63,6 +63,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A file that ``write_json`` wrote; ``ValueError`` where it is damaged."""
+    if not path.is_file():  # reading a pipe would wait for ever
+        path.stat()
+        raise ValueError(f"{path} is not a file")
     return json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
 
 

@@ -337,6 +337,8 @@ def hold(folder: Path | None, overwrite: bool, resume: str) -> Iterator[IO | Non
 def lock(folder: Path) -> IO:
     """Make the folder and lock it for this process, until the file is closed."""
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / LOCK).exists() and not (folder / LOCK).is_file():  # opening a pipe would wait for ever
+        raise UserError(f"{folder / LOCK} is not a file; remove it")
     held = open(folder / LOCK, "a")  # noqa: SIM115
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from load_data import Data, Split, steps_per_epoch, test_batches, train_batches
-from mixup.base import Method, Step
+from mixup.base import Method, Step, bce_loss
 
 from . import checkpoint, pictures, processes, records
 from .device import peak_memory, step_generator
@@ -195,6 +195,7 @@ class Meter:
         self.first_bad = torch.full((), math.inf, device=run.device)
         self.total = steps_per_epoch(len(run.data.train), run.training.batch_size)
         self.shown = 0.0
+        self.last: Step | None = None
 
     def __enter__(self) -> Meter:
         run = self.run
@@ -210,7 +211,7 @@ class Meter:
 
     def add(self, number: int, result: Step, labels: Tensor) -> None:
         """Add a batch; remembers the first one whose loss is not finite."""
-        loss = result.loss
+        loss, self.last = result.loss, result
         count = torch.full((), len(labels), device=loss.device)
         self.sums += torch.stack([loss * count, *hits(result.logits, labels), count])
         self.first_bad = torch.where(loss.isfinite(), self.first_bad, self.first_bad.clamp(max=number))
@@ -226,6 +227,7 @@ class Meter:
         self.read()
         self.run.progress.sums = processes.total(self.sums).tolist()
         self.run.count_time()
+        refuse_dead_network(self.run, self.last)
 
     def show(self, now: float) -> None:
         """The bar, or a line every --print_freq batches."""
@@ -377,6 +379,26 @@ def not_finite(run: Run, step: int) -> UserError:
         f"the loss is not finite in epoch {epoch}, step {step} ({run.method.name}, learning rate "
         f"{run.training.rate(epoch):g}). Try a smaller --learning_rate; the last good checkpoint is untouched"
     )
+
+
+def refuse_dead_network(run: Run, last: Step | None) -> None:
+    """Stop a network that will never learn again: every gradient of the last batch is exactly 0, on every process, and
+    its loss is above that of equal probabilities, so that it is not a perfect fit."""
+    if last is None:
+        return
+    gradients = (parameter.grad for parameter in run.model.parameters() if parameter.grad is not None)
+    if processes.largest(int(any(bool(gradient.any()) for gradient in gradients)), run.device):
+        return
+    loss, classes = bce_loss(last.logits, last.mixed.targets).item(), last.logits.shape[1]
+    equal = (math.log(classes) - (classes - 1) * math.log1p(-1 / classes)) / classes
+    if processes.largest(int(loss > equal), run.device):
+        epoch = run.progress.epoch
+        raise UserError(
+            f"the network is dead in epoch {epoch}: every gradient of the last batch is exactly 0, at a loss of "
+            f"{loss:.4g}, where equal probabilities have {equal:.4g} ({run.method.name}, learning rate "
+            f"{run.training.rate(epoch):g}). Try a smaller --learning_rate, with an --add_name; the last good "
+            "checkpoint is untouched"
+        )
 
 
 def refuse_bad_weights(run: Run) -> None:
