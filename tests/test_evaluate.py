@@ -644,7 +644,9 @@ def test_other_test_sets_that_do_not_fit_are_refused(
     assert "two sets 'a'" in capsys.readouterr().err
 
 
-def test_results_of_another_test_set_are_set_aside(words: list[object], images: Path, tmp_path: Path) -> None:
+def test_results_of_another_test_set_are_set_aside(
+    words: list[object], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One pixel of one image is enough."""
     other = tmp_path / "other"
     shutil.copytree(images, other)
@@ -655,7 +657,9 @@ def test_results_of_another_test_set_are_set_aside(words: list[object], images: 
     out = ["--out", tmp_path / "out"]
     _, first = evaluate(*words, "--parts", "calibration", "--shift", f"x={images}", *out)
     before = (tmp_path / "out" / "checkpoint.json").read_bytes()
+    assert "is not the one" not in capsys.readouterr().out
     _, second = evaluate(*words, "--data_dir", other, "--parts", "clean", *out)
+    assert f"{path.parents[2]} is not the one" in capsys.readouterr().out
     assert first["test_digest"] != second["test_digest"]
     assert not {"calibration", "shift"} & second.keys()
     assert [path.read_bytes() for path in (tmp_path / "out").glob("checkpoint.json.old-*")] == [before]
