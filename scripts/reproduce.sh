@@ -1,6 +1,7 @@
 # Sourced by reproduce_cifar10.sh and reproduce_cifar100.sh: the paper's table, 8 methods × 3 architectures × 3 seeds, for
-# $dataset with $labels images a class. Runs share one queue. What one method alone gets is in SAGE_FLAGS, COMIX_FLAGS.
-[ $# -ge 2 ] || { echo "usage: $0 DATA RUNS [words of sweep.sh] [-- flags of main.py]" >&2; exit 2; }
+# $dataset with $labels images a class. Runs share one queue. What one method or architecture alone gets is in SAGE_FLAGS,
+# COMIX_FLAGS, FLAGS_resnext29_4_24.
+[ $# -ge 2 ] || { echo "usage: $0 DATA RUNS [arguments of sweep.sh] [-- flags of main.py]" >&2; exit 2; }
 data=$(realpath -m "$1") runs=$(realpath -m "$2") words=()
 shift 2
 while [ $# -gt 0 ] && [ "$1" != -- ]; do words+=("$1"); shift; done

@@ -7,10 +7,10 @@
 #   --seeds "…"     (default: 0)                --jobs N      runs side by side (default: number of GPUs, else 1)
 #   --dry_run       print the commands, run nothing
 #   --task N        run the N-th command alone, from 0 (for a job array); --count prints how many there are
-# Everything behind -- goes to each run. Flags that only one method gets: SAGE_FLAGS="--upper_lambda 0.6 …", or for one
-# architecture SAGE_FLAGS_wrn16_8="…", in the environment; COMIX_FLAGS and the like for the others. Finished runs are skipped and stopped ones continued, so the
-# same call can be typed again. A failed run does not stop the others; what is not finished is listed at the end, and the
-# exit code is then 1.
+# Everything behind -- goes to each run. Flags for one method alone are in the environment: SAGE_FLAGS="--upper_lambda 0.6 …",
+# COMIX_FLAGS and the like; SAGE_FLAGS_wrn16_8="…" takes their place for one architecture. FLAGS_wrn16_8="…" are for every
+# method on that architecture. Finished runs are skipped and stopped ones continued, so the same call can be given again. A
+# failed run does not stop the others; what is not finished is listed at the end, and the exit code is then 1.
 # Relative paths count from the folder this is called in.
 set -uo pipefail
 checkout=$(cd "$(dirname "$0")/.." && pwd) program=main.py
@@ -44,7 +44,8 @@ for arch in $archs; do
     for seed in $seeds; do
       flags=$(tr a-z A-Z <<<"$method")_FLAGS
       flags_of_arch=${flags}_$arch
-      extra=${!flags_of_arch:-${!flags:-}}
+      for_arch=FLAGS_$arch
+      extra="${!for_arch:-} ${!flags_of_arch:-${!flags:-}}" # the last one counts where both give a flag
       # shellcheck disable=SC2086
       commands+=("$(printf '%q ' "$python" "$program" "$@" --arch "$arch" --method "$method" --seed "$seed" $extra)")
     done

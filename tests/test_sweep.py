@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mixup import METHODS
 from tests.common import ENVIRONMENT, ROOT, SMALL
 
 STAND_IN = """#!/usr/bin/env bash
@@ -212,3 +214,17 @@ def test_a_stopped_sweep_saves_its_runs(words: list[object], tmp_path: Path, num
     assert second.returncode == 0, second.stdout
     for folder in folders:
         assert "continuing in epoch" in (folder / "log.txt").read_text()
+
+
+def test_learning_rates_of_the_cifar10_table() -> None:
+    """0.2 but for ResNeXt, which collapses at it, and Co-Mixup on PreActResNet18, which overflows."""
+    printed = script("reproduce_cifar10.sh", "DATA", "RUNS", "--dry_run", "--seeds", 1).stdout.splitlines()
+    rates = {}
+    for line in printed:
+        arguments = line.split()
+        arch, method = (arguments[arguments.index(flag) + 1] for flag in ("--arch", "--method"))
+        rates[arch, method] = [value for flag, value in itertools.pairwise(arguments) if flag == "--learning_rate"][-1]
+    assert len(rates) == 3 * len(METHODS)
+    other = {(arch, method): rate for (arch, method), rate in rates.items() if rate != "0.2"}
+    resnext = {("resnext29_4_24", method): "0.05" for method in METHODS}
+    assert other == {**resnext, ("preactresnet18", "comix"): "0.1"}
