@@ -47,7 +47,7 @@ def save_run(run: Run) -> None:
     if run.lock is not None and runs.lock_is_lost(run.folder, run.lock):
         raise UserError(f"{run.folder} was deleted and made again by another run; this one stops")
     try:
-        save(state_of(run), run.folder, run.best)
+        save(state_of(run), run.folder, run.best if run.best_is_new else None)
     except FileNotFoundError as error:
         raise UserError(f"{run.folder} was deleted while the run was writing into it; this run stops") from error
     except OSError as error:
@@ -55,7 +55,7 @@ def save_run(run: Run) -> None:
             f"cannot write a checkpoint into {run.folder}: {error.strerror or error}; the one before is "
             f"untouched. Make room there and give the same command again"
         ) from error
-    run.best, run.saved = None, time.monotonic()
+    run.best_is_new, run.saved = False, time.monotonic()
 
 
 def state_of(run: Run) -> dict[str, Any]:
@@ -77,16 +77,17 @@ def state_of(run: Run) -> dict[str, Any]:
 def keep_best(run: Run) -> None:
     """Remember the run as it is for the best checkpoint, which is written when the next one is."""
     if run.folder is not None:
-        run.best = copied(state_of(run))
+        run.best, run.best_is_new = copied(state_of(run), run.best), True
 
 
-def copied(value: Any) -> Any:
-    """The same with tensors of its own, on their devices."""
+def copied(value: Any, into: Any) -> Any:
+    """The same with tensors of its own, on their devices: those of an earlier copy, ``into``, where there is one."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return into.copy_(value) if isinstance(into, Tensor) else value.detach().clone()
     if isinstance(value, Mapping):
-        return {name: copied(one) for name, one in value.items()}
-    return [copied(one) for one in value] if isinstance(value, list) else value
+        earlier = into if isinstance(into, Mapping) else {}
+        return {name: copied(one, earlier.get(name)) for name, one in value.items()}
+    return value
 
 
 def save(state: dict[str, Any], folder: Path, best: dict[str, Any] | None = None) -> None:

@@ -122,7 +122,8 @@ class Run:
         clock: the moment up to which ``progress.seconds`` counts.
         saved: the moment of the last save, or of the start.
         is_first_batch: whether no batch was trained on since this start.
-        best: state of the best epoch, as a checkpoint holds it, until it is written.
+        best: state of the best epoch since this start, as a checkpoint holds it.
+        best_is_new: whether it is still to be written.
     """
 
     training: Training
@@ -143,6 +144,7 @@ class Run:
     saved: float = field(default_factory=time.monotonic)
     is_first_batch: bool = True
     best: dict[str, Any] | None = None
+    best_is_new: bool = False
 
     def count_time(self) -> float:
         """Add what has passed since the last call to the seconds of the epoch; returns the moment."""
