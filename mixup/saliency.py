@@ -117,11 +117,23 @@ class KnownSaliency(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] to logits [B, K]."""
-        maps = self.maps[len(self.maps) - len(images) :]
-        score = ((images - images.detach()) * maps[:, None]).sum(dim=(1, 2, 3))
+        return _KnownGradient.apply(images, self.maps[len(self.maps) - len(images) :], self.num_classes)
+
+
+class _KnownGradient(torch.autograd.Function):
+    """Logits of 0 whose gradients in all channels of the pixels are ±``maps``."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, maps: Tensor, num_classes: int) -> Tensor:
         # signs that differ: the gradient of no class is the mean of all, at which it would vanish
-        signs = 1 - 2 * (torch.arange(self.num_classes, device=images.device) % 2)
-        return score[:, None] * signs
+        ctx.maps, ctx.signs = maps, 1 - 2.0 * (torch.arange(num_classes, device=images.device) % 2)
+        ctx.shape = images.shape
+        return images.new_zeros(len(images), num_classes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        size = (grads[0] * ctx.signs).sum(dim=1)
+        return (size[:, None, None] * ctx.maps)[:, None].expand(ctx.shape), None, None
 
 
 def fine_grained_saliency(images_u8: Tensor) -> Tensor:

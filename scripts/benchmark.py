@@ -4,8 +4,11 @@
     python3 scripts/benchmark.py --parts steps --methods vanilla sage --fast --device cuda --repeats 50
     python3 scripts/benchmark.py --parts search --plot figures/search_cost.png
 
-mixing: a batch whose saliency is known, without the network. steps: draw, saliency pass, mixing, forward, backward and
-optimiser. search: time of SAGE's search of one pair against the pixels, and of a batch against the candidates.
+mixing: a method's ``mix`` without the network, in whose place saliency is known beforehand; what that pass costs is
+measured in between and taken off. What is left lies between the gradient in the pixels, if there is one,
+and the mixed batch with its targets. Manifold Mixup mixes the features after the first stage, and its time includes the
+loss. steps: draw, saliency pass, mixing, forward, backward and optimiser. search: time of SAGE's search of one pair
+against the pixels, and of a batch against the candidates.
 
 Repetitions are interleaved (A B C A B C …), so that a machine that slows down slows all. Times are in milliseconds, the
 median over repetitions; the least stands beside it. The ratio to vanilla is the median of the ratios within each
@@ -36,21 +39,16 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from load_data import NORMALISATION
 from mixup import METHODS, build_method
-from mixup.base import Method, mixed_targets, one_hot
-from mixup.comix import co_mix, compatibility
-from mixup.cutmix import cut_box, paste_box
-from mixup.input import mix_images
-from mixup.puzzle import BLOCK_COUNTS, puzzle_mix
-from mixup.sage import best_offsets, blend, gaussian_blur
-from mixup.saliency import fine_grained_saliency, mean_magnitude, ones_where_zero, root_mean_square, saliency_pass
-from mixup.saliencymix import peak_box, saliency_peak
-from mixup.search import SHORT_LIST, exact_scores
+from mixup.base import Method
+from mixup.saliency import KnownSaliency, fine_grained_saliency, root_mean_square, saliency_pass
+from mixup.search import SHORT_LIST, best_offsets, exact_scores
+from mixup.settings import NORMALISATION
 from models import ARCHITECTURES, build_model
 from utils import records
 from utils.archive import atomic_write
@@ -62,6 +60,12 @@ from utils.train import step_taker
 CLASSES = 10
 SHARE = 0.01  # of all offsets: the paper's --rand_pos
 PAPER = {"upper_lambda": 0.6, "update_ratio": 0.7}  # SAGE on CIFAR-10
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {  # labels and settings of methods that are measured more than once
+    "sage": {
+        f"sage, {SHARE:.0%} of the offsets": {"rand_pos": SHARE, **PAPER},
+        "sage, all offsets": {"rand_pos": 1.0, **PAPER},
+    }
+}
 MEAN, STD = NORMALISATION["cifar10"]
 BRUTE_FORCE_PIXELS = 64 * 64  # beyond, trying every offset takes longer than all the rest
 Work = Callable[[int], object]  # takes the number of the repetition
@@ -86,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> int:
-    """Run the parts that were asked for; results so far are kept when a later part fails."""
+    """Run the parts that are asked for; results so far are kept when a later part fails."""
     set_precision(False)
     torch.manual_seed(0)
     result: dict[str, Any] = {"machine": machine(device), "settings": settings(args)}
@@ -97,7 +101,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> int:
         if args.out:
             records.write_json(args.out, result)
     if args.plot:
-        draw_search(args.plot, result["search"], result["machine"])
+        plot_search(args.plot, result["search"], result["machine"])
     return 0
 
 
@@ -109,31 +113,24 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    positive = number(int, low=1)
+    positive, side = number(int, low=1), number(int, low=4)
     parts = ("mixing", "steps", "search")
+    # fmt: off
     add("--parts", nargs="+", type=one_of(parts), default=parts, help="mixing, steps, search (default: all)")
     add("--methods", nargs="+", type=one_of(tuple(METHODS)), default=tuple(METHODS), help="which (default: all)")
     add("--arch", type=one_of(ARCHITECTURES), default="preactresnet18", help="(default: %(default)s)")
     add("--initial_channels", type=positive, default=64, help="of a preactresnet (default: %(default)s)")
     add("--batch_size", type=positive, default=100, help="(default: %(default)s)")
     add("--image_size", type=number(int, low=16), default=32, help="side of the images (default: %(default)s)")
-    add(
-        "--search_sizes",
-        nargs="+",
-        type=number(int, low=4),
-        default=[16, 32, 64, 128, 224],
-        help="sides of the images searched",
-    )
+    add("--search_sizes", nargs="+", type=side, default=[16, 32, 64, 128, 224], help="sides of the images searched")
     add("--device", type=one_of(("cpu", "cuda")), default="cpu", help="(default: %(default)s)")
     add("--threads", type=positive, help="of PyTorch on the CPU (default: its own choice)")
     add("--fast", action="store_true", help="whole steps as main.py --fast runs them")
-    add(
-        "--repeats",
-        type=positive,
-        help="of whole steps (default: 3 on the CPU, 20 on CUDA); the others take ten times as many",
-    )
+    add("--repeats", type=positive,
+        help="of whole steps (default: 3 on the CPU, 20 on CUDA); the others take ten times as many")
     add("--out", type=Path, help="JSON file with all that is printed")
     add("--plot", type=Path, help="PNG of the search's cost against the pixels")
+    # fmt: on
     return parser
 
 
@@ -258,86 +255,99 @@ def network_of(args: argparse.Namespace, device: torch.device, fast: bool) -> nn
     return prepare(build_model(args.arch, CLASSES, stride, args.initial_channels), device, fast)
 
 
+def methods_of(args: argparse.Namespace) -> dict[str, Method]:
+    """The methods that were asked for, by label, but for those that do not fit the images."""
+    found: dict[str, Method] = {}
+    for name in args.methods:
+        for label, of_variant in VARIANTS.get(name, {name: {}}).items():
+            method = build_method(name, "cifar10", CLASSES, **of_variant)
+            try:
+                method.draw(np.random.default_rng(0), args.batch_size, args.image_size, args.image_size)
+            except ValueError as problem:
+                print(f"{label} is left out: {problem}")
+            else:
+                found[label] = method
+    return found
+
+
+class StandIn(KnownSaliency):
+    """In place of the network: known saliency, and features [B, C, H, W] for methods that mix inside the network."""
+
+    mixing_points = 3
+
+    def __init__(self, maps: Tensor, features: Tensor) -> None:
+        super().__init__(maps, CLASSES)
+        self.features, self.passes = features, 0
+        self.logits = torch.zeros(len(maps), CLASSES, device=maps.device)
+
+    def forward(self, images: Tensor, mix_at: int = 0, mix: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        if mix is not None:
+            mix(self.features)
+        if not images.requires_grad:
+            return self.logits
+        self.passes += 1
+        return super().forward(images)
+
+
 def mixing(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Milliseconds of each method's mixing alone, saliency being known."""
-    batch, size, rng = args.batch_size, args.image_size, np.random.default_rng(0)
-    images, labels = batch_of(batch, size, size, device)
-    network = network_of(args, device, False)
+    images, labels = batch_of(args.batch_size, args.image_size, args.image_size, device)
+    stand_in = stand_in_for(network_of(args, device, False), images, labels)
+
+    def loss_of(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels)
+
+    works: dict[str, Work] = {"pass": lambda _: saliency_pass(stand_in, images, loss_of)}
+    passes = {}
+    for label, method in methods_of(args).items():
+        # a method with a step of its own mixes inside the network
+        mix = method.mix if type(method).step is Method.step else method.step
+        found = mixing_draws(method, images, lambda draws, mix=mix: mix(stand_in, images, labels, draws))  # type: ignore[misc]
+        for blocks, draws in found.items():
+            name = f"{label}, {blocks} blocks a side" if len(found) > 1 else label
+            before = stand_in.passes
+            mix(stand_in, images, labels, draws)
+            passes[name] = stand_in.passes - before
+            works[name] = lambda _, mix=mix, draws=draws: mix(stand_in, images, labels, draws)  # type: ignore[misc]
+    with torch.no_grad():
+        times = interleaved(works, 10 * repeats(args), device)
+    of_pass = times["pass"]
+    rows = {
+        name: {
+            "median_ms": statistics.median(times[name]) - count * statistics.median(of_pass),
+            "min_ms": min(times[name]) - count * min(of_pass),
+        }
+        for name, count in passes.items()
+    }
+    size = args.image_size
+    print(
+        f"\nmixing alone, batch of {args.batch_size}, {size}×{size}, {10 * repeats(args)} interleaved repetitions; "
+        f"taken off where saliency is a gradient: {statistics.median(of_pass):.2f} ms"
+    )
+    cells = [(name, f"{row['median_ms']:.2f}", f"{row['min_ms']:.2f}") for name, row in rows.items()]
+    table(("mixing", "median ms", "least ms"), cells)
+    return rows
+
+
+def stand_in_for(network: nn.Module, images: Tensor, labels: Tensor) -> StandIn:
+    """The network's saliency and its features after the first stage."""
     gradient, _ = saliency_pass(network, images, lambda logits: F.cross_entropy(logits, labels))
-    sharp = ones_where_zero(root_mean_square(gradient))
-    blurred = ones_where_zero(gaussian_blur(mean_magnitude(gradient), 5, 1.0))
     features: list[Tensor] = []
     with torch.no_grad():
         network(images, 1, lambda x: features.append(x) or x)  # type: ignore[func-returns-value]
-    as_bytes = (images * 60 + 120).clamp(0, 255).to(torch.uint8)
-    permutation = torch.from_numpy(rng.permutation(batch)).to(device)
-    unit = blurred / blurred.sum(dim=(1, 2), keepdim=True)
-    a, b = 0.4 * unit, 0.6 * unit[permutation]
-    partner = images[permutation]
-    target = one_hot(labels, CLASSES)
+    return StandIn(root_mean_square(gradient), features[0])
 
-    def plain(x: Tensor) -> object:
-        return mix_images(x, permutation, 0.4), mixed_targets(labels, permutation, 0.4, CLASSES)
 
-    def cutmix() -> object:
-        mixed, ratio, _ = paste_box(images, permutation, cut_box(size, size, 0.4, size / 2, size / 2))
-        return mixed, mixed_targets(labels, permutation, ratio, CLASSES)
-
-    def saliencymix() -> object:
-        peak = saliency_peak(fine_grained_saliency(as_bytes[:1])[0])
-        mixed, ratio, _ = paste_box(images, permutation, peak_box(size, size, 0.4, *peak))
-        return mixed, mixed_targets(labels, permutation, ratio, CLASSES)
-
-    def puzzle(blocks: int) -> object:
-        mixed, ratio = puzzle_mix(images, sharp, permutation, 0.4, blocks, MEAN, STD)
-        return mixed, mixed_targets(labels, permutation, ratio, CLASSES)
-
-    def comix(draws: Any) -> object:
-        parts = []
-        for start, end in draws.parts:
-            shape = (-1, min(20, end - start))
-            x, y, s = (t[start:end].unflatten(0, shape) for t in (images, target, sharp))
-            prior, first = (t[start:end].reshape(*shape, *t.shape[1:]) for t in (draws.prior, draws.initial_labels))
-            drawn = {"prior": prior, "initial_labels": first, "compatibility": compatibility(s, 0.001)}
-            parts.append(co_mix(x, y, s, **drawn))
-        return parts
-
-    def sage(candidates: Any) -> object:
-        mixed, ratio = blend(images, partner, a, b, best_offsets(a, b, candidates))
-        return mixed, mixed_targets(labels, permutation, ratio, CLASSES)
-
-    part_draws = build_method("comix", "cifar10", CLASSES).draw(rng, batch, size, size)
-    part_draws.parts = [(0, batch - batch % 20), (batch - batch % 20, batch)]
-    part_draws.parts = [(start, end) for start, end in part_draws.parts if end > start]
-    some = candidates_of(size, size, SHARE, rng)
-    works: dict[str, Work] = {}
-    if "input" in args.methods:
-        works["input"] = lambda _: plain(images)
-    if "manifold" in args.methods:
-        works[f"manifold, after the first stage ({features[0].shape[1]} channels)"] = lambda _: plain(features[0])
-    if "cutmix" in args.methods:
-        works["cutmix"] = lambda _: cutmix()
-    if "saliencymix" in args.methods:
-        works["saliencymix"] = lambda _: saliencymix()
-        works["saliencymix, the map of every image"] = lambda _: fine_grained_saliency(as_bytes)
-    if "puzzle" in args.methods:
-        for n in BLOCK_COUNTS:
-            if size % (4 * n) == 0 or (size % n == 0 and size // n < 4):
-                works[f"puzzle, {n} blocks a side"] = lambda _, n=n: puzzle(n)  # type: ignore[misc]
-    if "comix" in args.methods:
-        works["comix"] = lambda _: comix(part_draws)
-    if "sage" in args.methods:
-        works[f"sage, {len(some)} offsets"] = lambda _: sage(some)
-        works[f"sage, all {(2 * size - 1) ** 2} offsets"] = lambda _: sage(None)
-    with torch.no_grad():
-        times = interleaved(works, 10 * repeats(args), device)
-    print(f"\nmixing alone, batch of {batch}, {size}×{size}, {10 * repeats(args)} interleaved repetitions")
-    rows = {name: {"median_ms": statistics.median(t), "min_ms": min(t)} for name, t in times.items()}
-    table(
-        ("mixing", "median ms", "least ms"),
-        [(k, f"{v['median_ms']:.2f}", f"{v['min_ms']:.2f}") for k, v in rows.items()],
-    )
-    return rows
+def mixing_draws(method: Method, images: Tensor, mix: Callable[[Any], Any]) -> dict[int | None, Any]:
+    """Draws that mix the images, one for each number of blocks that the method draws: at half of its draws SaliencyMix
+    leaves them as they are, and Vanilla always."""
+    found: dict[int | None, Any] = {}
+    for seed in range(40):
+        draws = method.draw(np.random.default_rng(seed), len(images), *images.shape[2:])
+        blocks = getattr(draws, "num_blocks", None)
+        if blocks not in found and getattr(mix(draws), "images", None) is not images:
+            found[blocks] = draws
+    return dict(sorted(found.items()) if len(found) > 1 else found)  # type: ignore[type-var]
 
 
 def repeats(args: argparse.Namespace) -> int:
@@ -352,13 +362,7 @@ def candidates_of(height: int, width: int, share: float, rng: np.random.Generato
 
 def steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Whole training steps of each method beside vanilla's."""
-    methods: dict[str, Method] = {"vanilla": build_method("vanilla", "cifar10", CLASSES)}
-    for name in args.methods:
-        if name == "sage":
-            for label, share in ((f"sage, {SHARE:.0%} of the offsets", SHARE), ("sage, all offsets", 1.0)):
-                methods[label] = build_method(name, "cifar10", CLASSES, rand_pos=share, **PAPER)
-        else:
-            methods[name] = build_method(name, "cifar10", CLASSES)
+    methods = {"vanilla": build_method("vanilla", "cifar10", CLASSES), **methods_of(args)}
     images, labels = batch_of(args.batch_size, args.image_size, args.image_size, device)
     network = network_of(args, device, args.fast)
     optimizer = torch.optim.SGD(
@@ -395,43 +399,38 @@ def steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             "peak_memory_mb": used and used[1],
             "share_of_peak": operations(args, method) * args.batch_size / (median / 1000) / peak,
         }
-    table(
-        ("step", "median ms", "least ms", "× vanilla", "images/s", "peak MB", "of peak"),
-        [
-            (
-                label,
-                f"{row['median_ms']:.1f}",
-                f"{row['min_ms']:.1f}",
-                f"{row['ratio']:.2f}",
-                f"{row['images_per_second']:.0f}",
-                "–" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:.0f}",
-                f"{row['share_of_peak']:.0%}",
-            )
-            for label, row in rows.items()
-        ],
-    )
+    # fmt: off
+    cells = [(label, f"{row['median_ms']:.1f}", f"{row['min_ms']:.1f}", f"{row['ratio']:.2f}",
+              f"{row['images_per_second']:.0f}",
+              "–" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:.0f}",
+              f"{row['share_of_peak']:.0%}") for label, row in rows.items()]
+    # fmt: on
+    table(("step", "median ms", "least ms", "× vanilla", "images/s", "peak MB", "of peak"), cells)
     return rows
 
 
 def operations(args: argparse.Namespace, method: Method) -> float:
-    """Multiplications and additions of the network's layers in a step, an image."""
+    """Multiplications and additions of a step's convolutions and matrix products, an image."""
     cpu = torch.device("cpu")
     images, labels = batch_of(4, args.image_size, args.image_size, cpu)
     network = network_of(args, cpu, False)
     draws = method.draw(np.random.default_rng(0), 4, *images.shape[2:])
-    with FlopCounterMode(display=False) as counter:
-        method.step(NotFirst(network), images, labels, draws).loss.backward()  # type: ignore[arg-type]
-    return counter.get_total_flops() / 4
+    with Counter() as counter:
+        method.step(network, images, labels, draws).loss.backward()
+    return counter.total / 4
 
 
-class NotFirst:
-    """A network whose layers see no tensor that ``autograd.grad`` was asked for: ``FlopCounterMode`` cannot."""
+class Counter(TorchDispatchMode):
+    """Counts multiplications and additions, like ``FlopCounterMode``, which fails where ``autograd.grad`` is asked for
+    gradients in parameters."""
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network, self.train = network, network.train
+    total = 0
 
-    def __call__(self, images: Tensor, *rest: Any) -> Tensor:
-        return self.network(images * 1, *rest)
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if count := flop_registry.get(function._overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def search(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -497,10 +496,14 @@ def power(name: str, exponent: float | None) -> str:
 
 
 def maps_of(count: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Saliency [B, side, side] of pairs with mass 0.4 and 0.6: the fine-grained maps of the crops, blurred."""
-    images, _ = batch_of(2 * count, side, side, torch.device("cpu"))
-    maps = fine_grained_saliency((images * 60 + 120).clamp(0, 255).to(torch.uint8)).float()
-    maps = ones_where_zero(gaussian_blur(maps, 5, 1.0)).to(device)
+    """Saliency [B, side, side] of pairs with mass 0.4 and 0.6: fine-grained maps of the crops, as SAGE blurs them."""
+    images, labels = batch_of(2 * count, side, side, torch.device("cpu"))
+    known = fine_grained_saliency((images * 60 + 120).clamp(0, 255).to(torch.uint8)).float()
+    sage = build_method("sage", "cifar10", CLASSES, rand_pos=1e-9)  # a single offset
+    draws = sage.draw(np.random.default_rng(0), 2 * count, side, side)
+    blurred = sage.mix(KnownSaliency(known, CLASSES), images, labels, draws).saliency
+    assert blurred is not None
+    maps = blurred[0].to(device)
     unit = maps / maps.sum(dim=(1, 2), keepdim=True)
     return 0.4 * unit[:count], 0.6 * unit[count:]
 
@@ -510,7 +513,7 @@ def brute_force(a: Tensor, b: Tensor, candidates: Tensor) -> Tensor:
     return candidates[exact_scores(a, b, candidates.expand(len(a), -1, -1)).argmax(dim=1)]
 
 
-def draw_search(path: Path, result: dict[str, Any], about: dict[str, Any]) -> None:
+def plot_search(path: Path, result: dict[str, Any], about: dict[str, Any]) -> None:
     """Cost of one pair's search against its pixels, both axes logarithmic."""
     figure = Figure(figsize=(6, 4), layout="constrained", dpi=120)
     axes = figure.subplots()

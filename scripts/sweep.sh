@@ -3,7 +3,7 @@
 #
 #   bash scripts/sweep.sh --methods "vanilla cutmix sage" --seeds "1 2 3" -- --dataset cifar10 --data_dir DATA --root_dir RUNS …
 #
-#   --methods "…"   (default: all eight)        --archs "…"   (default: preactresnet18)
+#   --methods "…"   (default: all)              --archs "…"   (default: preactresnet18)
 #   --seeds "…"     (default: 0)                --jobs N      runs side by side (default: number of GPUs, else 1)
 #   --dry_run       print the commands, run nothing
 #   --task N        run the N-th command alone, from 0 (for a job array); --count prints how many there are
@@ -16,7 +16,7 @@ set -uo pipefail
 checkout=$(cd "$(dirname "$0")/.." && pwd) program=main.py
 [ "$PWD" -ef "$checkout" ] || program=$checkout/main.py
 
-methods="vanilla input manifold cutmix saliencymix puzzle comix sage" archs=preactresnet18 seeds=0
+methods=all archs=preactresnet18 seeds=0
 jobs="" dry_run="" task="" count=""
 die() { echo "sweep.sh: error: $*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
@@ -37,6 +37,8 @@ IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index
 gpus=${#devices[@]}
 jobs=${jobs:-$((gpus > 0 ? gpus : 1))}
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || die "--jobs $jobs is not a number of runs"
+list='import sys; sys.path.insert(0, sys.argv[1]); import mixup; print(*mixup.METHODS)'
+[ "$methods" != all ] || methods=$("$python" -c "$list" "$checkout") || die "$python cannot list the methods"
 
 commands=()
 for arch in $archs; do

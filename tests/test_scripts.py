@@ -138,6 +138,29 @@ def test_benchmark_measures_every_method(tmp_path: Path) -> None:
     assert pixels(tmp_path / "b.png").std() > 0
 
 
+def test_benchmark_counts_the_operations_of_all_passes() -> None:
+    """Forward and backward are three times the forward pass, but for the first layer's gradient in the pixels."""
+    from scripts import benchmark
+    from scripts.benchmark import build_method
+
+    args = benchmark.make_parser().parse_args(["--initial_channels", "8"])
+    vanilla, sage, puzzle = (
+        benchmark.operations(args, build_method(name, "cifar10", 10, **settings))
+        for name, settings in (("vanilla", {}), ("sage", {"update_ratio": 0.7, "rand_pos": 0.01}), ("puzzle", {}))
+    )
+    first = 2 * 32 * 32 * 8 * 3 * 9
+    forward = (vanilla + first) / 3
+    assert sage == 2 * vanilla + first + 2 * 5 * 32 * (36 + 32)  # the blur
+    assert puzzle == vanilla + 2 * forward
+
+
+def test_benchmark_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
+    words = "--parts mixing --methods puzzle cutmix --image_size 33 --batch_size 4 --repeats 1 --initial_channels 2"
+    done = run("benchmark.py", *words.split(), "--out", tmp_path / "b.json")
+    assert json.loads((tmp_path / "b.json").read_text())["mixing"].keys() == {"cutmix"}
+    assert "puzzle is left out: none of (2, 4, 8, 16) blocks a side" in done.stdout
+
+
 def test_benchmark_measures_what_it_is_asked_for(tmp_path: Path) -> None:
     words = "--parts steps --methods cutmix --fast --initial_channels 2 --batch_size 4 --repeats 1 --image_size 64"
     run("benchmark.py", *words.split(), "--out", tmp_path / "b.json")
