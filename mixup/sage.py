@@ -129,7 +129,7 @@ class Sage(Method):
     def mix(self, model: nn.Module, images: Tensor, labels: Tensor, draws: SageDraws) -> Mixed:
         """Mixed ``images`` [B, C, H, W] and ``labels`` [B]; the clean loss weighs 1 − r, the mixed one r.
 
-        ``draws.lam`` may be a number or a tensor of one.
+        ``draws.lam`` may be a number, a tensor of one, or [B, 1, 1]: one for each pair.
 
         Raises:
             ValueError: images too small for the blur.

@@ -347,7 +347,7 @@ def mixing_draws(method: Method, images: Tensor, mix: Callable[[Any], Any]) -> d
         blocks = getattr(draws, "num_blocks", None)
         if blocks not in found and getattr(mix(draws), "images", None) is not images:
             found[blocks] = draws
-    return dict(sorted(found.items()) if len(found) > 1 else found)  # type: ignore[type-var]
+    return dict(sorted(found.items()) if len(found) > 1 else found)
 
 
 def repeats(args: argparse.Namespace) -> int:

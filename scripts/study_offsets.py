@@ -27,10 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from load_data import Split, test_batches
 from mixup import build_method
-from mixup.base import bce_loss, one_hot
-from mixup.sage import best_offsets, blend, gaussian_blur
-from mixup.saliency import mean_magnitude, ones_where_zero, saliency_pass
-from mixup.search import every_offset, exact_scores
+from mixup.base import Method, Mixed
+from mixup.search import best_offsets, every_offset, exact_scores
 from utils import checkpoint, options, results
 from utils.archive import atomic_write
 from utils.device import pick_device, prepare, set_precision
@@ -43,7 +41,7 @@ BATCH = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Study, print and draw; returns the exit code."""
+    """Study, print and plot; returns the exit code."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", required=True, help="of a SAGE run, or of any other")
@@ -72,7 +70,7 @@ def study(args: argparse.Namespace) -> int:
             f"| {shares[share].mean():.3f} | {low:.2f} – {high:.2f} | {of_runs or '–'} |"
         )
     print(f"\nscore of the search of all offsets below the best there is: at most {1 - kept[1.0].min():.1e} of it")
-    draw(args.plot, kept, shares, accuracy)
+    plot(args.plot, kept, shares, accuracy)
     print(f"\n{args.plot}")
     return 0
 
@@ -87,36 +85,33 @@ def search_pairs(args: argparse.Namespace) -> tuple[dict[float, Any], dict[float
     model, data = prepare(network.model, device, False), data.to(device)
     if len(data.test) < BATCH:
         raise UserError(f"{data.source} has {len(data.test)} test images; {BATCH} are needed")
-    of_method = {**options.method_settings(settings), "rand_pos": 1.0} if settings.method == "sage" else {}
-    sage: Any = build_method("sage", settings.dataset, len(data.classes), **of_method)
-    model.train(not sage.eval_mode)
+    of_method = options.method_settings(settings) if settings.method == "sage" else {}
+    of_method |= {"update_ratio": 1.0}  # saliency is the same, and no gradients in the weights are computed
+    methods = {
+        share: build_method("sage", settings.dataset, len(data.classes), **{**of_method, "rand_pos": share})
+        for share in SHARES
+    }
+    model.train()
     chosen = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0)).to(device)  # not class by class
     pairs = Split(data.test.images[chosen], data.test.labels[chosen])
     kept, shares, times = defaultdict(list), defaultdict(list), defaultdict(list)
     for number_of_batch, (images, labels) in enumerate(test_batches(pairs, data, batch_size=BATCH, device=device)):
         if len(images) < BATCH or number_of_batch * BATCH >= args.pairs:
             break
-        rows = one_hot(labels, len(data.classes))
-        gradient, _ = saliency_pass(model, images, lambda logits, rows=rows: bce_loss(logits, rows))  # type: ignore[misc]
-        saliency = ones_where_zero(gaussian_blur(mean_magnitude(gradient), sage.kernel_size, sage.blur_sigma))
-        unit = saliency / saliency.sum(dim=(1, 2), keepdim=True)
         best = None
-        lam = lam_of_each(number_of_batch, of_method, device)
-        for share in reversed(SHARES):
-            method = build_method("sage", settings.dataset, len(data.classes), **{**of_method, "rand_pos": share})
-            rng = np.random.default_rng(number_of_batch)
-            draws = method.draw(rng, BATCH, *images.shape[2:])
-            partner = torch.from_numpy(draws.permutation).to(device)
-            a, b = lam * unit, (1 - lam) * unit[partner]
-            synchronise(device)
-            started = time.perf_counter()
+        lam = lam_of_each(number_of_batch, methods[1.0], device)
+        for share, method in methods.items():
+            draws = method.draw(np.random.default_rng(number_of_batch), BATCH, *images.shape[2:])  # the same pairs
+            draws.lam = lam
+            mixed = method.mix(model, images, labels, draws)
+            assert mixed.mask is not None
+            a, b = laid_out(mixed, lam)
+            started = now(device)
             offsets = best_offsets(a, b, draws.candidates)
-            synchronise(device)
-            times[share].append(1000 * (time.perf_counter() - started))
-            score = exact_scores(a, b, offsets[:, None])[:, 0]
+            times[share].append(1000 * (now(device) - started))
             best = best_score(a, b) if best is None else best
-            kept[share].append((score / best).cpu().numpy())
-            shares[share].append(blend(images, images[partner], a, b, offsets)[1].cpu().numpy())
+            kept[share].append((exact_scores(a, b, offsets[:, None])[:, 0] / best).cpu().numpy())
+            shares[share].append(mixed.mask.mean(dim=(1, 2)).cpu().numpy())
     return (
         {share: np.concatenate(values) for share, values in kept.items()},
         {share: np.concatenate(values) for share, values in shares.items()},
@@ -131,14 +126,22 @@ def best_score(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return exact_scores(a, b, offsets.expand(len(a), -1, -1)).amax(dim=1)
 
 
-def synchronise(device: torch.device) -> None:
+def laid_out(mixed: Mixed, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Saliency [B, H, W] of images a and b with mass λ and 1 − λ, as it is searched."""
+    assert mixed.saliency is not None
+    a, b = (maps / maps.sum(dim=(1, 2), keepdim=True) for maps in mixed.saliency)
+    return lam * a, (1 - lam) * b
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
-def lam_of_each(number_of_batch: int, of_method: dict[str, Any], device: torch.device) -> torch.Tensor:
+def lam_of_each(number_of_batch: int, method: Method, device: torch.device) -> torch.Tensor:
     """λ of each pair, [BATCH, 1, 1]; a training step draws one for the whole batch."""
-    method = build_method("sage", "cifar10", 2, **of_method)
     values = [method.draw(np.random.default_rng((number_of_batch, i)), 1, 32, 32).lam for i in range(BATCH)]
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
@@ -160,7 +163,7 @@ def accuracies(roots: Sequence[Path]) -> dict[float, list[float]]:
     return found
 
 
-def draw(path: Path, kept: dict[float, Any], shares: dict[float, Any], accuracy: dict[float, list[float]]) -> None:
+def plot(path: Path, kept: dict[float, Any], shares: dict[float, Any], accuracy: dict[float, list[float]]) -> None:
     """Score, share of the label and, if there are runs, accuracy."""
     panels = 3 if any(accuracy.values()) else 2
     figure = Figure(figsize=(3.4 * panels, 3), layout="constrained", dpi=130)
