@@ -238,3 +238,51 @@ def test_compare_takes_labels_of_the_classes_that_were_learnt(
         code = compare.main([*map(str, words), "--checkpoint", str(tmp_path / "c.pth")])
         assert code == int(content is not good)
         assert capsys.readouterr().err.count("error: ") == code
+
+
+NINTH = """
+import sys
+import main
+from scripts import benchmark, compare, summarize
+
+def call(program, words):
+    sys.argv = ["main.py", *words.split()]
+    assert program(words.split()) == 0, words
+
+small = "--arch preactresnet18 --initial_channels 2 --batch_size 100 --ngpu 0 --schedule 1 --gammas 0.1"
+for method in ("vanilla", "resizemix --scale_high 0.5"):
+    call(main.main, f"--dataset digits --labels_per_class 20 --root_dir RUNS --epochs 1 {small} --method {method}")
+call(summarize.main, "RUNS --out summary")
+call(benchmark.main, "--parts mixing steps --methods resizemix --initial_channels 2 --batch_size 4 --repeats 1 --out b")
+call(compare.main, "--image_size 32 --seed 1 --strips strips")
+"""
+
+
+def test_a_ninth_method_is_a_file_and_a_line(tmp_path: Path) -> None:
+    """The example of the page on methods, in a copy of the tree: trained, swept, summarised, measured, shown."""
+    for name in ("mixup", "models", "utils", "scripts"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("main.py", "load_data.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    page = (ROOT / "mixup" / "README.md").read_text().split("## Adding a method")[1]
+    (tmp_path / "mixup" / "resizemix.py").write_text(page.split("```python\n")[1].split("```")[0])
+    registry = (tmp_path / "mixup" / "__init__.py").read_text()
+    registry = registry.replace(
+        "from .sage import Sage\n", "from .resizemix import ResizeMix\nfrom .sage import Sage\n"
+    )
+    (tmp_path / "mixup" / "__init__.py").write_text(
+        registry.replace("        Sage,\n", "        Sage,\n        ResizeMix,\n")
+    )
+
+    words = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 240}
+    environment = {**ENVIRONMENT, "PYTHON": sys.executable}
+    done = subprocess.run([sys.executable, "-c", NINTH], env=environment, **words)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stdout + done.stderr
+    swept = subprocess.run(["bash", "scripts/sweep.sh", "--dry_run"], env=environment, **words)  # type: ignore[call-overload]
+    assert [line.split("--method ")[1].split()[0] for line in swept.stdout.splitlines()] == [*METHODS, "resizemix"]
+    assert "ResizeMix" in (tmp_path / "summary" / "summary.md").read_text()
+    measured = json.loads((tmp_path / "b").read_text())
+    assert measured["mixing"].keys() == {"resizemix"}
+    assert measured["steps"].keys() == {"vanilla", "resizemix"}
+    assert pixels(tmp_path / "strips" / "resizemix.png").shape == pixels(tmp_path / "strips" / "cutmix.png").shape
+    assert {path.stem for path in (tmp_path / "strips").iterdir()} == {*METHODS, "resizemix"}
