@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from mixup.base import to_device
 from mixup.settings import NORMALISATION, Colour
 from utils.errors import UserError
 from utils.images import TINY_ARCHIVE, Reading, load_tree, one_line, pixel_digest
@@ -150,9 +151,9 @@ def train_batches(
     flips = (rng.random(number) < 0.5) & data.flip
     rows, columns = rng.integers(0, 2 * data.padding + 1, (2, number))
     # everything of the epoch goes over at once, so that no batch waits for the host
-    draws = torch.from_numpy(np.stack([order, flips, rows, columns])).to(device)
+    draws = to_device(np.stack([order, flips, rows, columns]), device)
     normalise = _normaliser(data, device)
-    indices = draws[0].to(data.train.images.device)
+    indices = draws[0] if data.train.images.device == draws.device else torch.from_numpy(order)
     for first in range(start * batch_size, number, batch_size):
         batch = slice(first, min(first + batch_size, number))
         part = part_of(batch.stop - batch.start)
@@ -182,15 +183,12 @@ def test_batches(
 
 def _fetch(split: Split, which: Tensor | slice, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Rows of a split on ``device``; pinned copies where the split lies on the host and the device is a GPU."""
-    images, labels = split.images[which], split.labels[which]
-    if torch.device(device).type == "cuda" and not images.is_cuda:
-        images, labels = images.pin_memory(), labels.pin_memory()
-    return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    return to_device(split.images[which], device), to_device(split.labels[which], device)
 
 
 def _normaliser(data: Data, device: torch.device | str) -> Callable[[Tensor], Tensor]:
     mean, std = (
-        torch.tensor(colour, dtype=torch.float64).mul(255).float().view(3, 1, 1).to(device)
+        to_device(torch.tensor(colour, dtype=torch.float64).mul(255).float().view(3, 1, 1), device)
         for colour in (data.mean, data.std)
     )
     # one subtraction and one division by tensors round alike on every device; a division by the number 255 does not

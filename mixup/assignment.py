@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from .base import to_host
 from .gridcut import DISTANCE_SCALE, UNARY_SCALE, scale_floats, swap_each
 from .settings import check, setting
 
@@ -117,6 +118,8 @@ def sources(
     g = values.num_blocks
     if height % g or width % g:
         raise ValueError(f"num_blocks {g} does not divide an image of {height}×{width}")
+    # of the pictures only these few numbers go to the host
+    pooled, compatibility = _at_once(_pool(saliency, g), compatibility)
     shares, start, matrix = _host(prior, np.float32), _host(initial_labels, np.int64), _host(compatibility, np.float32)
     for name, array, shape in (
         ("prior", shares, (*parts, n)),
@@ -131,9 +134,9 @@ def sources(
         return start, start
 
     cells = g * g
-    # of the pictures only these n·G numbers go to the host
-    pooled = _host(_pool(saliency, g), np.float32).reshape(-1, n, cells)
-    cost = -pooled - (values.eta / cells * np.log(shares.reshape(-1, n, 1) + 1e-8))
+    cost = -_host(pooled, np.float32).reshape(-1, n, cells) - (
+        values.eta / cells * np.log(shares.reshape(-1, n, 1) + 1e-8)
+    )
     first, second = _minimise(
         np.ascontiguousarray(cost.transpose(0, 2, 1)),
         start.reshape(-1, n, cells),
@@ -154,6 +157,15 @@ def _pool(saliency: Tensor, g: int) -> Tensor:
 
 def _host(array: ArrayLike | Tensor, dtype: type) -> NDArray:
     return np.asarray(array.detach().cpu() if isinstance(array, Tensor) else array).astype(dtype, copy=False)
+
+
+def _at_once(pooled: Tensor, compatibility: Any) -> tuple[Any, Any]:
+    """Both on the host, in one copy if they lie on a device."""
+    if not isinstance(compatibility, Tensor) or compatibility.device.type == "cpu":
+        return pooled, compatibility
+    flat = to_host(torch.cat((pooled.flatten(), compatibility.flatten().to(pooled))))
+    first, second = np.split(flat, [pooled.numel()])
+    return first.reshape(pooled.shape), second.reshape(compatibility.shape)
 
 
 def _minimise(

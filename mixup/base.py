@@ -24,9 +24,10 @@ class _BinaryCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, probabilities: Tensor, targets: Tensor) -> Tensor:
         ctx.save_for_backward(probabilities, targets)
-        log_p = probabilities.log().clamp(min=-100)
-        log_q = (-probabilities).log1p().clamp(min=-100)
-        return ((targets - 1) * log_q - targets * log_p).mean()
+        logs = [(-probabilities).log1p_(), probabilities.log()]
+        torch._foreach_clamp_min_(logs, -100.0)
+        of_others, of_own = torch._foreach_mul(logs, [targets - 1, targets])
+        return (of_others - of_own).mean()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -100,7 +101,7 @@ class HeldGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
-        return value.clone()
+        return value.view_as(value)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -228,10 +229,34 @@ class Clean:
     gradients: Sequence[Tensor] = ()
 
 
-@functools.lru_cache
+def kept(make: Callable[..., Any]) -> Any:
+    """``make`` as a function whose tensors, which nobody changes, are made once for each device and size."""
+    return functools.lru_cache(torch.inference_mode(False)(make))
+
+
+@kept
 def channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """One float32 number a channel as [C, 1, 1], copied to the device once."""
-    return torch.tensor(values, device=device).view(-1, 1, 1)
+    """One float32 number a channel as [C, 1, 1]."""
+    return to_device(values, device, torch.float32).view(-1, 1, 1)
+
+
+@kept
+def counting(number: int, device: torch.device) -> Tensor:
+    """0, 1, … number − 1 as int64."""
+    return torch.arange(number, device=device)
+
+
+def to_device(values: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers, an array or a tensor as tensor on ``device``, without waiting for it."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # from other memory a copy may wait for all that was launched before
+    return tensor.to(device, non_blocking=True)
+
+
+def to_host(tensor: Tensor) -> NDArray:
+    """A tensor as NumPy array; waits for the device."""
+    return tensor.detach().cpu().numpy()
 
 
 @dataclass
@@ -292,12 +317,16 @@ class PartialMixing(Method):
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
     """[B] integer labels to [B, K] float32 rows."""
     # comparison instead of F.one_hot, which reads the largest label back to the host
-    return (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
+    return (labels[:, None] == counting(num_classes, labels.device)).float()
 
 
 def mixed_targets(labels: Tensor, permutation: Tensor, ratio: Tensor | float, num_classes: int) -> Tensor:
     """ratio·y + (1 − ratio)·y[P] as [B, K]; ``ratio`` is one number or [B], the share of image a."""
-    rows = one_hot(labels, num_classes)
+    return mixed_rows(one_hot(labels, num_classes), permutation, ratio)
+
+
+def mixed_rows(rows: Tensor, permutation: Tensor, ratio: Tensor | float) -> Tensor:
+    """``mixed_targets`` of target rows [B, K]."""
     # lerp keeps rows exact whose image is its own partner
     return torch.lerp(rows[permutation], rows, as_share(ratio, rows.device).reshape(-1, 1))
 
@@ -312,7 +341,7 @@ def as_share(value: Any, device: torch.device) -> Tensor:
 
 def as_index(permutation: Any, device: torch.device) -> Tensor:
     """A permutation given as array, list or tensor, as int64 on ``device``."""
-    return torch.as_tensor(permutation, dtype=torch.int64).to(device, non_blocking=True)
+    return to_device(permutation, device, torch.int64)
 
 
 def partner_index(permutation: Any, batch: int, device: torch.device) -> Tensor:
@@ -322,7 +351,14 @@ def partner_index(permutation: Any, batch: int, device: torch.device) -> Tensor:
     clean = batch - len(index)
     if clean < 0:
         raise ValueError(f"a permutation of {len(index)} does not fit a batch of {batch}")
-    return torch.cat([torch.arange(clean, device=device), index + clean]) if clean else index
+    return torch.cat([counting(clean, device), index + clean]) if clean else index
+
+
+def behind(front: Tensor | int, rows: Tensor, value: float = 0.0) -> Tensor:
+    """``rows`` [m, …] behind ``front``: other rows, or so many rows of ``value``. What stayed clean is in front."""
+    if not isinstance(front, Tensor):
+        front = rows.new_full((front, *rows.shape[1:]), value) if front else rows[:0]
+    return torch.cat((front, rows)) if len(front) else rows
 
 
 def laid_out_as(mixed: Tensor, images: Tensor) -> Tensor:

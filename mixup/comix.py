@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from .assignment import AssignSettings, AssignValues, sources
-from .base import Mixed, PartialMixing, alpha, laid_out_as, one_hot
+from .base import Mixed, PartialMixing, alpha, behind, counting, laid_out_as, one_hot, to_device
 from .saliency import clean_weight, cross_entropy_pass, ones_where_zero, root_mean_square
 from .settings import ANY, passed_on, setting, stands_for
 
@@ -90,16 +90,16 @@ def co_mix(
     if targets.shape[:-1] != images.shape[:-3]:
         raise ValueError(f"targets {tuple(targets.shape)} do not go with images {tuple(images.shape)}")
     halves = sources(saliency, prior=prior, initial_labels=initial_labels, compatibility=compatibility, **settings)
-    first, second = (_batch_index(x, images.shape[-4], images.device) for x in halves)
+    first, second = to_device(_batch_index(halves, images.shape[-4]), images.device)
     mixed, mixed_targets = _blend(images.flatten(0, -4), targets.flatten(0, -2), first, second)
     return mixed.reshape(images.shape), mixed_targets.reshape(targets.shape)
 
 
-def _batch_index(sources: NDArray[np.int64], n: int, device: torch.device) -> Tensor:
-    """Image indices [.., n, g, g] within each part to indices [B, g, g] within the batch of all parts."""
-    flat = sources.reshape(-1, n, *sources.shape[-2:])
-    index = flat + n * np.arange(len(flat))[:, None, None, None]
-    return torch.from_numpy(index.reshape(-1, *flat.shape[2:])).to(device, non_blocking=True)
+def _batch_index(halves: tuple[NDArray[np.int64], NDArray[np.int64]], n: int) -> NDArray[np.int64]:
+    """Two image indices [.., n, g, g] within each part to indices [2, B, g, g] within the batch of all parts."""
+    flat = np.stack(halves).reshape(2, -1, n, *halves[0].shape[-2:])
+    index = flat + n * np.arange(flat.shape[1])[:, None, None, None]
+    return index.reshape(2, -1, *flat.shape[3:])
 
 
 def _blend(images: Tensor, targets: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,16 +205,15 @@ class CoMixup(PartialMixing):
             saliency = ones_where_zero(root_mean_square(gradient))
             first, second = self._assign(saliency, draws)
             mixed, soft = _blend(images[clean:], targets[clean:], first, second)
-            own = torch.arange(count, device=images.device)[:, None, None]
+            own = counting(count, images.device)[:, None, None]
             mask = _enlarge(((first == own).float() + (second == own)) / 2, *images.shape[2:])
-            front = (0, 0, 0, 0, clean, 0)
-            saliency = F.pad(saliency, front)
+            saliency = behind(clean, saliency)
             return self.mixed(
-                laid_out_as(torch.cat((images[:clean], mixed)), images),
-                torch.cat((targets[:clean], soft)),
+                laid_out_as(behind(images[:clean], mixed), images),
+                behind(targets[:clean], soft),
                 clean_pass,
                 saliency=(saliency, saliency),  # an output has more than one image b, and none has a map of its own
-                mask=F.pad(mask, front, value=1.0),
+                mask=behind(clean, mask, 1.0),
             )
 
     def _assign(self, saliency: Tensor, draws: Any) -> tuple[Tensor, Tensor]:
@@ -237,6 +236,6 @@ class CoMixup(PartialMixing):
                 num_blocks=draws.num_blocks,
                 **passed_on(self),
             )
-            indices.append([start + _batch_index(x, n, saliency.device) for x in halves])
-        first, second = (torch.cat(x) for x in zip(*indices, strict=True))
+            indices.append(start + _batch_index(halves, n))
+        first, second = to_device(np.concatenate(indices, axis=1), saliency.device)
         return first, second

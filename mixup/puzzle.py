@@ -18,7 +18,20 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .base import Mixed, PairDraws, PartialMixing, alpha, as_index, channels, laid_out_as, mixed_targets, partner_index
+from .base import (
+    Mixed,
+    PairDraws,
+    PartialMixing,
+    alpha,
+    as_index,
+    behind,
+    channels,
+    laid_out_as,
+    mixed_targets,
+    partner_index,
+    to_device,
+    to_host,
+)
 from .gridcut import swap
 from .saliency import clean_weight, cross_entropy_pass, ones_where_zero, root_mean_square
 from .settings import check, setting
@@ -192,50 +205,53 @@ def _mask(
         raise ValueError(f"lam must lie in [0, 1], got {lam}")
     lam = float(lam)
     sizes = block_sizes(height, width, num_blocks, values.neigh_size, values.t_size if values.transport else -1)
-    n, scale, n_labels = num_blocks, 1000 * num_blocks**2, values.n_labels
+    n = num_blocks
     beta = values.beta / n / 16
-
-    unary_a = _unary(saliency, sizes.block)
-    unary_b = unary_a[permutation]
-    weights = []
+    unary = _unary(saliency, sizes.block)
+    unary = torch.stack((unary[permutation], unary))  # of image b, of image a
     mean, std = (_channels(x, images) for x in (mean, std))
     pixels = F.avg_pool2d(images * std + mean, sizes.pixel)
+    pixels = torch.stack((pixels, pixels[permutation]))
+    weights = []
     for axis in (1, 2):
         # the pixels on both sides of every edge between blocks, along the axis
         k = sizes.block[axis - 1] // sizes.pixel[axis - 1]
-        inside = torch.arange(1, n, device=images.device) * k
-        before, after = pixels.index_select(axis + 1, inside - 1), pixels.index_select(axis + 1, inside)
-
-        def apart(p: Tensor, q: Tensor, axis: int = axis) -> Tensor:
-            """Mean distance of the touching pixels of neighbouring blocks."""
-            steps = (p - q).abs().mean(dim=1).unflatten(3 - axis, (n, -1)).mean(dim=4 - axis)
-            return steps * (beta * values.gamma)
-
-        # first letter: the upper or left image
-        d_aa, d_ab, d_ba = apart(before, after), apart(before, after[permutation]), apart(before[permutation], after)
-        d_bb = d_aa[permutation]
-        has_next, has_previous = ((0, 0, 0, 1), (0, 0, 1, 0)) if axis == 1 else ((0, 1), (1, 0))
-        unary_a = unary_a + F.pad((d_ba + d_bb) / 2, has_next) + F.pad((d_ab + d_bb) / 2, has_previous)
-        unary_b = unary_b + F.pad((d_ab + d_aa) / 2, has_next) + F.pad((d_ba + d_aa) / 2, has_previous)
+        lines = pixels.transpose(3, axis + 2)
+        before, after = (x.transpose(3, axis + 2) for x in (lines[:, :, :, k - 1 : -1 : k], lines[:, :, :, k::k]))
+        # mean distance of the touching pixels of neighbouring blocks; first letter: the upper or left image
+        steps = (before[:, None] - after).abs().mean(dim=3).unflatten(5 - axis, (n, -1)).mean(dim=6 - axis)
+        (d_aa, d_ab), (d_ba, d_bb) = steps = steps * (beta * values.gamma)
+        of_pairs = unary.transpose(2, axis + 1)
+        of_pairs[:, :, :-1].add_((steps.sum(dim=1) / 2).transpose(2, axis + 1))  # those that have a next block
+        of_pairs[:, :, 1:].add_((steps.sum(dim=0) / 2).transpose(2, axis + 1))  # and those that have a previous one
         weights.append((d_ab + d_ba - d_aa - d_bb) / 2 + beta)
+    terms = to_host(torch.cat([x.flatten() for x in (unary, *weights)]))  # the one copy to the host
+    return to_device(_weights_of_a(terms, batch, n, lam, values), images.device, images.dtype)
 
-    tau = torch.arange(n_labels, dtype=images.dtype) / (n_labels - 1)
-    prior = torch.tensor([-math.log(p + 1e-8) for p in _binomial(lam, n_labels - 1)], dtype=images.dtype)
-    tau, prior = torch.stack((tau, prior)).to(images.device, non_blocking=True)
-    unary = (1 - tau) * unary_b[..., None] + tau * unary_a[..., None] + values.eta / n**2 * prior
-    # One copy to the host. NaN, of a network that diverged, must reach the loss and not stop here.
-    terms = torch.cat([(x * scale).flatten() for x in (unary, *weights)]).nan_to_num(0).long().cpu().numpy()
-    shapes = (tuple(unary.shape), (batch, n - 1, n), (batch, n, n - 1))
+
+def _weights_of_a(
+    terms: NDArray[np.float32], batch: int, n: int, lam: float, values: MaskValues
+) -> NDArray[np.float32]:
+    """The grid cuts: [B, n, n] from the blocks' energies of image b and image a [2, B, n, n] and the weights of the
+    edges down [B, n−1, n] and across [B, n, n−1], all in one row."""
+    n_labels, kind = values.n_labels, terms.dtype.type
+    shapes = ((2, batch, n, n, 1), (batch, n - 1, n), (batch, n, n - 1))
     parts = np.split(terms, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
-    costs, vertical, horizontal = (part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+    (unary_b, unary_a), *weights = (part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
     steps = np.arange(n_labels)
+    tau = steps.astype(kind) / kind(n_labels - 1)
+    prior = np.array([-math.log(p + 1e-8) for p in _binomial(lam, n_labels - 1)], dtype=kind)
+    unary = (1 - tau) * unary_b + tau * unary_a + kind(values.eta / n**2) * prior
+    # NaN, of a network that diverged, must reach the loss and not stop here
+    with np.errstate(invalid="ignore", over="ignore"):
+        costs, vertical, horizontal = (np.nan_to_num(x * kind(1000 * n**2)).astype(np.int64) for x in (unary, *weights))
     labels = swap(
         costs * (n_labels - 1) ** 2,
         (steps[:, None] - steps) ** 2,
         np.maximum(vertical, 0),  # they are not negative while gamma ≤ 1 and pixels are in [0, 1]
         np.maximum(horizontal, 0),
     )
-    return 1 - torch.from_numpy(labels).to(images.device, non_blocking=True).to(images.dtype) / (n_labels - 1)
+    return 1 - labels.astype(kind) / kind(n_labels - 1)
 
 
 def _channels(values: Any, images: Tensor) -> Tensor:
@@ -252,7 +268,9 @@ def _unary(saliency: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _enlarge(mask: Tensor, rows: int, columns: int) -> Tensor:
-    return mask.repeat_interleave(rows // mask.shape[1], dim=1).repeat_interleave(columns // mask.shape[2], dim=2)
+    batch, down, across = mask.shape
+    wide = mask[:, :, None, :, None].expand(-1, -1, rows // down, -1, columns // across)
+    return wide.reshape(batch, rows, columns)
 
 
 def _binomial(lam: float, trials: int) -> list[float]:
@@ -355,15 +373,14 @@ class PuzzleMix(MaskValues, PartialMixing):
             mask = _mask(part, saliency, partner, float(draws.lam), int(draws.num_blocks), *self.colours(), self)
             a, b = attack.images(gradient, partner, perturbed) if attack else (part, part[partner])
             mixed, ratio = _blend(a, b, saliency, partner, mask, self)
-            targets = mixed_targets(labels, permutation, F.pad(ratio, (clean, 0), value=1.0), self.num_classes)
-            front = (0, 0, 0, 0, clean, 0)
+            targets = mixed_targets(labels, permutation, behind(clean, ratio, 1.0), self.num_classes)
             return self.mixed(
-                laid_out_as(torch.cat((images[:clean], mixed)), images),
+                laid_out_as(behind(images[:clean], mixed), images),
                 targets,
                 clean_pass,
                 partner=images[permutation],
-                saliency=(F.pad(saliency, front), F.pad(saliency[partner], front)),
-                mask=F.pad(_enlarge(mask, *images.shape[2:]), front, value=1.0),
+                saliency=(behind(clean, saliency), behind(clean, saliency[partner])),
+                mask=behind(clean, _enlarge(mask, *images.shape[2:]), 1.0),
             )
 
 
@@ -377,7 +394,7 @@ class Attack:
         self.mean, self.std = (channels(colour, images.device) for colour in method.colours())
         self.reach, self.push = method.adv_eps / 255, (method.adv_eps + 2) / 255
         self.given, self.pixels, self.strength = images, images * self.std + self.mean, float(draws.strength)
-        noise = torch.as_tensor(draws.noise, dtype=torch.float32).to(images.device) * self.reach
+        noise = to_device(draws.noise, images.device, torch.float32) * self.reach
         self.noise = (self.pixels + noise).clamp(0, 1) - self.pixels
         self.start = images + self.noise / self.std
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .base import Method, Mixed, alpha, as_index, laid_out_as, mixed_targets, one_hot
+from .base import Method, Mixed, alpha, as_index, kept, laid_out_as, mixed_rows, one_hot
 from .saliency import mean_magnitude, ones_where_zero, saliency_pass
 from .search import best_offsets, check_pair, moved
 from .settings import setting
@@ -40,7 +40,10 @@ def blend(images_a: Tensor, images_b: Tensor, a: Tensor, b: Tensor, offsets: Ten
     Raises:
         ValueError: wrong shapes.
     """
-    mixed, mask = _blend(images_a, images_b, a, b, offsets)
+    # an offset that leaves no overlap shows nothing of image b, however far it goes
+    height, width = a.shape[1:]
+    near = torch.stack([offsets[:, 0].clamp(-height, height), offsets[:, 1].clamp(-width, width)], dim=1)
+    mixed, mask = _blend(images_a, images_b, a, b, near)
     return mixed, mask.mean(dim=(1, 2))
 
 
@@ -61,12 +64,18 @@ def _blend(images_a: Tensor, images_b: Tensor, a: Tensor, b: Tensor, offsets: Te
 
 def gaussian_blur(maps: Tensor, kernel_size: int, sigma: float) -> Tensor:
     """[B, H, W] under a normalised Gaussian of ``kernel_size`` (odd) pixels, borders reflected without the edge."""
-    margin = kernel_size // 2
-    x = torch.arange(-margin, margin + 1, dtype=maps.dtype, device=maps.device)
-    weights = torch.softmax(-0.5 * (x / sigma) ** 2, dim=0)
-    padded = F.pad(maps[:, None], (margin,) * 4, mode="reflect")
+    weights = _gaussian(kernel_size, sigma, maps.dtype, maps.device)
+    padded = F.pad(maps[:, None], (kernel_size // 2,) * 4, mode="reflect")
     with torch.autocast(maps.device.type, enabled=False):
         return F.conv2d(F.conv2d(padded, weights[None, None, :, None]), weights[None, None, None, :])[:, 0]
+
+
+@kept
+def _gaussian(kernel_size: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[kernel_size] weights of sum 1."""
+    margin = kernel_size // 2
+    x = torch.arange(-margin, margin + 1, dtype=dtype, device=device)
+    return torch.softmax(-0.5 * (x / sigma) ** 2, dim=0)
 
 
 @dataclass
@@ -147,7 +156,7 @@ class Sage(Method):
             a, b = share_a * unit, share_b * unit[permutation]
             partner = images[permutation]
             mixed, mask = _blend(images, partner, a, b, best_offsets(a, b, draws.candidates))
-            targets = mixed_targets(labels, permutation, mask.mean(dim=(1, 2)), self.num_classes)
+            targets = mixed_rows(clean, permutation, mask.mean(dim=(1, 2)))
             return self.mixed(
                 laid_out_as(mixed, images),
                 targets,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Clean
+from .base import Clean, channels
 from .settings import setting
 
 SURROUND_RADII = (12, 24, 48, 28, 56, 112)  # of fine-grained saliency, in pixels
@@ -96,7 +96,8 @@ def root_mean_square(gradient: Tensor) -> Tensor:
 
 def ones_where_zero(saliency: Tensor) -> Tensor:
     """Maps [B, H, W] whose sum is 0 (a saturated network) become 1 everywhere, so that they can be normalised."""
-    return torch.where(saliency.sum(dim=(1, 2), keepdim=True) == 0, 1.0, saliency)
+    empty = saliency.sum(dim=(1, 2), keepdim=True) == 0
+    return torch.where(empty, channels((1.0,), saliency.device).to(saliency.dtype), saliency)
 
 
 class KnownSaliency(nn.Module):

@@ -7,13 +7,15 @@ tries about 1 % of the offsets one by one).
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .base import counting, kept, to_device
 
 # 1/x ≈ Σ w·exp(−t·x), fitted so that |error|·min(x, x²) ≤ 2.3e-4 for 0 < x ≤ 30, x being saliency over its RMS
 EXPONENTS = (0.023358, 0.13365, 0.39224, 0.98411, 2.4016, 5.9133, 15.248, 43.622, 148.82, 697.56)
@@ -21,7 +23,7 @@ WEIGHTS = (0.061019, 0.16807, 0.37722, 0.8822, 2.1433, 5.4147, 15.077, 49.063, 2
 LEADERS = 8  # offsets a pair whose exact score is computed after the approximate search
 SHORT_LIST = 256  # up to so many candidates it is cheaper to score each exactly
 SPECTRUM_BYTES = {"cpu": 2 << 20, "cuda": 48 << 20}  # spectra held at a time: what suits the cache; few, large launches
-WINDOW_PIXELS = 1 << 20  # pixels of moved maps held at a time
+WINDOW_PIXELS = {"cpu": 1 << 20, "cuda": 1 << 22}  # pixels of moved maps held at a time
 
 
 @torch.no_grad()
@@ -53,14 +55,15 @@ def best_offsets(a: Tensor, b: Tensor, candidates: Any = None) -> Tensor:
     height, width = a.shape[1:]
     if candidates is None:
         return _best_of(a, b, every_offset(height, width, a.device), approximate_scores(a, b))
-    candidates = torch.as_tensor(candidates, dtype=torch.int64)
+    if not (isinstance(candidates, Tensor) and candidates.device.type != "cpu"):
+        candidates = np.asarray(candidates, dtype=np.int64)
     _check_candidates(candidates, height, width)
-    on_device = candidates.to(a.device, non_blocking=True)
-    if len(candidates) > SHORT_LIST:
+    on_device = to_device(candidates, a.device, torch.int64)
+    if len(on_device) > SHORT_LIST:
         index = (on_device[:, 0] + height - 1) * (2 * width - 1) + on_device[:, 1] + width - 1
         return _best_of(a, b, on_device, approximate_scores(a, b)[:, index])
     if a.device.type == "cpu":
-        scores = _list_scores(a, b, candidates.tolist())
+        scores = _list_scores(a, b, on_device.tolist())
     else:
         scores = exact_scores(a, b, on_device.expand(len(a), -1, -1))
     return on_device[scores.argmax(dim=1)]
@@ -69,11 +72,11 @@ def best_offsets(a: Tensor, b: Tensor, candidates: Any = None) -> Tensor:
 def exact_scores(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """Σ (A² + B'²)/(A + B') as [B, R] for each pair's own ``offsets`` [B, R, 2]."""
     parts = []
-    for part in offsets.split(max(1, WINDOW_PIXELS // a.numel()), dim=1):
+    for part in offsets.split(max(1, WINDOW_PIXELS[_kind(a)] // a.numel()), dim=1):
         shown = moved(b[:, None], part)[:, 0]
         total = (a[:, None] + shown).clamp_(min=1e-30)
         parts.append(shown.square_().add_(a.square()[:, None]).div_(total).sum(dim=(2, 3)))
-    return torch.cat(parts, dim=1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _list_scores(a: Tensor, b: Tensor, candidates: list[list[int]]) -> Tensor:
@@ -107,13 +110,14 @@ def approximate_scores(a: Tensor, b: Tensor) -> Tensor:
     pair = torch.stack([a, b.flip(1, 2)])
     rms = pair.square().sum(dim=0).mean(dim=(1, 2), keepdim=True).clamp(min=1e-30).sqrt()
     pair_bytes = 2 * len(EXPONENTS) * size[0] * (size[1] // 2 + 1) * 2 * a.element_size()
-    part = max(1, SPECTRUM_BYTES["cuda" if a.is_cuda else "cpu"] // pair_bytes)
+    part = max(1, SPECTRUM_BYTES[_kind(a)] // pair_bytes)
     pair = pair / rms
     shared = []
     for maps in pair[:, :, None].split(part, dim=1):
-        spectra = torch.fft.rfft2((half_log_weights - exponents * maps).exp_().mul_(maps), s=size)
+        weighted = (half_log_weights - exponents * maps).exp_().mul_(maps)
+        spectra = torch.fft.rfft2(weighted, s=size)
         shared.append(torch.fft.irfft2(spectra[0].mul_(spectra[1]).sum(dim=1), s=size)[:, :rows, :columns])
-    gain = _mass_in_frame(pair[1]) - 2 * torch.cat(shared)
+    gain = _mass_in_frame(pair[1]).sub_(shared[0] if len(shared) == 1 else torch.cat(shared), alpha=2)
     return (a.sum(dim=(1, 2), keepdim=True) + rms * gain).flatten(1)
 
 
@@ -121,8 +125,8 @@ def _best_of(a: Tensor, b: Tensor, candidates: Tensor, approximate: Tensor) -> T
     """The best [B, 2] of ``candidates`` [K, 2] on the device, given their approximate scores [B, K]."""
     leaders = approximate.topk(min(LEADERS, len(candidates)), dim=1)
     # where hundreds of offsets tie, the first of them is to win, which need not be among the leaders
-    level = leaders.values[:, :1]
-    first = (approximate >= level - 1e-6 * level).int().argmax(dim=1, keepdim=True)
+    tied = approximate >= leaders.values[:, :1] * (1 - 1e-6)
+    first = tied.max(dim=1, keepdim=True).indices
     index = torch.cat([leaders.indices, first], dim=1).sort(dim=1).values
     best = exact_scores(a, b, candidates[index]).argmax(dim=1, keepdim=True)
     return candidates[index.gather(1, best)[:, 0]]
@@ -131,15 +135,25 @@ def _best_of(a: Tensor, b: Tensor, candidates: Tensor, approximate: Tensor) -> T
 def _mass_in_frame(turned: Tensor) -> Tensor:
     """[B, 2H−1, 2W−1]: how much of a map stays in the frame at every offset, given the map turned round [B, H, W].
 
-    Values are counted in units of 2⁻³²: sums of integers are exact, and the same on every run and device.
+    Values are whole multiples of 2⁻³²: their sums are exact, and the same on every run and device.
     """
-    height, width = turned.shape[1:]
-    rows = F.pad((turned * 2.0**32).long(), (0, 0, height, height - 1)).cumsum(1)
-    rows = rows[:, height:] - rows[:, :-height]
-    columns = F.pad(rows, (width, width - 1)).cumsum(2)
-    return (columns[:, :, width:] - columns[:, :, :-width]).to(turned.dtype) * 2.0**-32
+    above, beside, unit = _frames(*turned.shape[1:], turned.device)
+    whole = (turned * unit).trunc_()
+    return (above @ whole @ beside).to(turned.dtype)
 
 
+@kept
+def _frames(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """[2H−1, H] and [W, 2W−1]: which rows and columns are in the frame, the latter in units of 2⁻³²; and 2³² as [1]."""
+    exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no other
+    above, beside = (
+        (counting(2 * n - 1, device)[:, None] - counting(n, device)).remainder(2 * n - 1) < n for n in (height, width)
+    )
+    unit = torch.full((1,), 2.0**32, dtype=exact, device=device)
+    return above.to(exact), beside.T.to(exact) / unit, unit
+
+
+@kept
 def every_offset(height: int, width: int, device: torch.device) -> Tensor:
     """[(2H−1)(2W−1), 2] int64: every (dy, dx) that leaves some overlap, row-major."""
     return torch.cartesian_prod(
@@ -147,10 +161,10 @@ def every_offset(height: int, width: int, device: torch.device) -> Tensor:
     )
 
 
-@functools.lru_cache
+@kept
 def _quadrature(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Exponents and half the weights' logarithms as [K, 1, 1], copied to the device once."""
-    table = torch.tensor((EXPONENTS, [0.5 * math.log(w) for w in WEIGHTS]), dtype=dtype, device=device)
+    """Exponents and half the weights' logarithms as [K, 1, 1]."""
+    table = to_device((EXPONENTS, [0.5 * math.log(w) for w in WEIGHTS]), device, dtype)
     return table[0, :, None, None], table[1, :, None, None]
 
 
@@ -161,27 +175,39 @@ def _fast_length(length: int) -> int:
     return length
 
 
-def _check_candidates(candidates: Tensor, height: int, width: int) -> None:
+def _kind(tensor: Tensor) -> str:
+    return "cuda" if tensor.is_cuda else "cpu"
+
+
+def _check_candidates(candidates: Any, height: int, width: int) -> None:
     if candidates.ndim != 2 or candidates.shape[1] != 2 or len(candidates) == 0:
         raise ValueError(f"candidates must be [K, 2] with K ≥ 1, not {tuple(candidates.shape)}")
-    if candidates.device.type == "cpu":  # elsewhere it would wait for the device
-        outside = (candidates.abs() >= torch.tensor((height, width))).any(dim=1)
+    if isinstance(candidates, np.ndarray):  # looking at those of a tensor would wait for the device
+        outside = (np.abs(candidates) >= (height, width)).any(axis=1)
         if outside.any():
             raise ValueError(f"offset {tuple(candidates[outside][0].tolist())} leaves no overlap in {height}×{width}")
 
 
 def moved(maps: Tensor, offsets: Tensor) -> Tensor:
-    """Content of ``maps`` [B, C, H, W] moved by each of ``offsets`` [B, R, 2], zeros entering: [B, C, R, H, W]."""
+    """Content of ``maps`` [B, C, H, W] moved by each of ``offsets`` [B, R, 2], |dy| ≤ H, |dx| ≤ W, zeros entering:
+    [B, C, R, H, W]."""
     height, width = maps.shape[2:]
-    rows = torch.arange(height, device=maps.device) - offsets[:, :, :1]
-    columns = torch.arange(width, device=maps.device) - offsets[:, :, 1:]
+    rows, columns = _sources(height, width + 1, maps.device), _sources(width, 1, maps.device)
+    index = rows[offsets[:, :, 0]][:, :, :, None] + columns[offsets[:, :, 1]][:, :, None]
     # what lies outside is read from a row and a column of zeros behind the last
-    rows = torch.where((rows >= 0) & (rows < height), rows, height)
-    columns = torch.where((columns >= 0) & (columns < width), columns, width)
-    index = (rows * (width + 1))[:, :, :, None] + columns[:, :, None]
     source = F.pad(maps, (0, 1, 0, 1)).flatten(2)
     found = source.gather(2, index.flatten(1)[:, None].expand(-1, maps.shape[1], -1))
     return found.view(*maps.shape[:2], *index.shape[1:])
+
+
+@kept
+def _sources(length: int, stride: int, device: torch.device) -> Tensor:
+    """[2·length + 1, length]: row d, counted from the end where d < 0, says where the pixels of an axis come from when
+    its content moves by d, in units of ``stride``; ``length`` where they come from outside."""
+    place = counting(length, device)
+    shift = torch.cat([counting(length + 1, device), place - length])
+    source = place - shift[:, None]
+    return source.masked_fill((source < 0) | (source >= length), length) * stride
 
 
 def check_pair(a: Tensor, b: Tensor) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .base import counting, kept
 
 UNSURE = -2  # marks an image whose plan takes all rounds of all blocks
 
@@ -30,10 +33,7 @@ def transport_plan(mask: Tensor, unary: Tensor, t_eps: float) -> Tensor:
         raise ValueError(f"mask and unary must be two [B, R, S], got {tuple(mask.shape)} and {tuple(unary.shape)}")
     rows, columns = mask.shape[1:]
     rounds, count = max(rows, columns), rows * columns
-    row, column = torch.arange(rows, device=mask.device), torch.arange(columns, device=mask.device)
-    y, x = (place.flatten() for place in torch.meshgrid(row, column, indexing="ij"))
-    squares = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2
-    distance = t_eps * squares.to(unary.dtype) / max(rounds - 1, 1) ** 2
+    distance = _distances(rows, columns, t_eps, unary.dtype, unary.device)
 
     def cost(shown: Tensor, salient: Tensor) -> Tensor:
         return torch.addcmul(
@@ -42,7 +42,7 @@ def transport_plan(mask: Tensor, unary: Tensor, t_eps: float) -> Tensor:
 
     # a few images at a time: in the CPU's cache, or within a GPU's memory
     on_cpu = mask.device.type == "cpu"
-    part = max(1, (2**21 if on_cpu else 2**27) // count**2)
+    part = max(1, (2**21 if on_cpu else 2**26) // count**2)
     plan = _plan_on_cpu if on_cpu else _plan
     plans = torch.cat([plan(cost(m, u), rounds) for m, u in zip(mask.split(part), unary.split(part), strict=True)])
     if on_cpu:
@@ -54,11 +54,16 @@ def transport_plan(mask: Tensor, unary: Tensor, t_eps: float) -> Tensor:
 
 def _plan(cost: Tensor, rounds: int) -> Tensor:
     """The rounds of ``transport_plan`` for cost [B, N, N], which it changes. Never waits for the device."""
-    for _ in range(rounds):
-        choice = cost.argmin(dim=2)
-        wins = _contest(choice, cost.gather(2, choice[..., None])[..., 0])
-        cost.scatter_add_(2, choice[..., None], (~wins).to(cost.dtype)[..., None])
-    return torch.where(wins, choice, -1)
+    paid = torch.zeros_like(cost)  # by each block at each destination: 0 but where it goes
+    index = counting(cost.shape[1], cost.device)
+    for turn in range(rounds):
+        price, choice = cost.min(dim=2, keepdim=True)
+        paid.scatter_(2, choice, price)
+        loses = paid.argmin(dim=1).gather(1, choice[..., 0]) != index
+        if turn < rounds - 1:
+            cost.scatter_(2, choice, price + loses[..., None])
+            paid.scatter_(2, choice, 0.0)
+    return choice[..., 0].masked_fill(loses, -1)
 
 
 def _plan_on_cpu(cost: Tensor, rounds: int) -> Tensor:
@@ -109,15 +114,32 @@ def move_blocks(images: Tensor, plan: Tensor, size: tuple[int, int]) -> Tensor:
     batch, channels, height, width = images.shape
     (tall, wide), count = size, plan.shape[1]
     down, right = height // tall, width // wide
-    # the source of each destination; blocks that are lost write behind the last
-    source = torch.full((batch, count + 1), -1, device=images.device)
-    source.scatter_(1, torch.where(plan < 0, count, plan), torch.arange(count, device=images.device).expand(batch, -1))
-    source = source[:, :count]
-    # the same for pixels, as indices into a flattened image
-    block = source.clamp(min=0)
-    corner = block // right * (tall * width) + block % right * wide
-    row, column = torch.arange(tall, device=images.device), torch.arange(wide, device=images.device)
-    pixel = corner.view(batch, down, 1, right, 1) + (row[:, None] * width + column)[:, None]
-    filled = (source >= 0).to(images.dtype).view(batch, 1, down, 1, right, 1).expand(-1, -1, -1, tall, -1, wide)
-    moved = images.flatten(2).gather(2, pixel.view(batch, 1, -1).expand(-1, channels, -1))
-    return moved.view(images.shape) * filled.reshape(batch, 1, height, width)
+    corners, within = _pixels(height, width, size, images.device)
+    # the first pixel of what comes to each destination, which is behind the image where nothing comes; blocks that are
+    # lost go behind the last
+    source = torch.full((batch, count + 1), height * width, device=images.device)
+    source.scatter_(1, plan.masked_fill(plan < 0, count), corners.expand(batch, -1))
+    pixel = source[:, :count].view(batch, down, 1, right, 1) + within
+    shown = F.pad(images.flatten(2), (0, tall * width))
+    return shown.gather(2, pixel.view(batch, 1, -1).expand(-1, channels, -1)).view(images.shape)
+
+
+@kept
+def _distances(rows: int, columns: int, t_eps: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a move from each block of a grid to each other costs: [R·S, R·S]."""
+    y, x = (
+        place.flatten() for place in torch.meshgrid(counting(rows, device), counting(columns, device), indexing="ij")
+    )
+    squares = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2
+    return t_eps * squares.to(dtype) / max(rows - 1, columns - 1, 1) ** 2
+
+
+@kept
+def _pixels(height: int, width: int, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the first pixel of each block [N] lies in a flattened image, and the pixels of a block [rows, 1, columns],
+    counted from there."""
+    tall, wide = size
+    down, right = counting(height // tall, device), counting(width // wide, device)
+    corners = down[:, None] * (tall * width) + right * wide
+    within = counting(tall, device)[:, None] * width + counting(wide, device)
+    return corners.flatten(), within[:, None]

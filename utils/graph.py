@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixup.base import Step
+from mixup.base import Step, to_device
 
 from .records import log
 
@@ -79,6 +79,6 @@ def as_tensors(draws: Any, device: torch.device) -> SimpleNamespace:
 
     def moved(value: Any) -> Tensor:
         tensor = torch.as_tensor(value)
-        return (tensor.float() if tensor.is_floating_point() else tensor).to(device, non_blocking=True)
+        return to_device(tensor.float() if tensor.is_floating_point() else tensor, device)
 
     return SimpleNamespace(**{name: v if v is None else moved(v) for name, v in vars(draws).items()})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from load_data import Data, Split, steps_per_epoch, test_batches, train_batches
-from mixup.base import Method, Step, bce_loss
+from mixup.base import Method, Step, bce_loss, to_device
 
 from . import checkpoint, pictures, processes, records
 from .device import peak_memory, step_generator
@@ -191,7 +191,7 @@ class Meter:
     def __init__(self, run: Run) -> None:
         self.run = run
         start = run.progress.sums if run.world.rank == 0 else [0.0] * 4
-        self.sums = torch.tensor(start, device=run.device, dtype=sum_type(run.device))
+        self.sums = to_device(start, run.device, sum_type(run.device))
         self.first_bad = torch.full((), math.inf, device=run.device)
         self.total = steps_per_epoch(len(run.data.train), run.training.batch_size)
         self.shown = 0.0

@@ -1,0 +1,84 @@
+"""What ``--fast`` compiles on CUDA, traced on the CPU: no graph breaks, and few compilations however long a run is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mixup import METHODS, build_method
+from models import ARCHITECTURES, build_model
+from models.preactresnet import PreActBlock, PreActResNet
+
+MOST = {"manifold": 7}  # each of three places for two sizes of batch, and evaluation; the others 6
+# PyTorch compiles a function anew 8 times, and from then on runs it as it is without a word
+
+
+class Compilations:
+    """A backend that compiles nothing, and counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        self.count += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_architectures_have_no_graph_break(arch: str) -> None:
+    with torch.device("meta"):  # no numbers: widths do not matter
+        model, images = build_model(arch, 10, initial_channels=4, dropout=True), torch.empty(2, 3, 32, 32)
+    seen = Compilations()
+    forward = torch.compile(model.forward, backend=seen, fullgraph=True)
+    assert forward(images).shape == (2, 10)
+    assert seen.count == 1
+
+
+def test_a_graph_break_would_be_an_error() -> None:
+    class Peeking(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + x.sum().item() if x.sum() > 0 else x
+
+    with pytest.raises(Exception, match=r"data-dependent|Data-dependent|graph break"):
+        torch.compile(Peeking(), backend=Compilations(), fullgraph=True)(torch.ones(2))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_is_compiled_a_few_times_and_never_for_a_value(name: str) -> None:
+    """Epochs and evaluations with a smaller last batch each."""
+    torch.manual_seed(0)
+    model, seen = PreActResNet(PreActBlock, (1, 1, 1, 1), 10, initial_channels=2), Compilations()
+    model.forward = torch.autocast("cpu", torch.bfloat16)(torch.compile(model.forward, backend=seen))  # type: ignore[method-assign]
+    settings = {"sage": {"rand_pos": 0.01, "update_ratio": 0.7}, "comix": {"m_part": 4}}.get(name, {})
+    method = build_method(name, "cifar10", 10, **settings)
+    counts = []
+    for epoch in range(4):  # the fourth one brings no new shape
+        model.train()
+        for number, size in enumerate((6, 6, 6, 5)):
+            images, labels = torch.randn(size, 3, 16, 16), torch.arange(size)
+            draws = method.draw(np.random.default_rng((epoch, number)), size, 16, 16, epoch)
+            if name == "manifold":
+                draws.mix_at = (number + 2 * epoch) % 3 if number < 3 else epoch % 3
+            if name == "saliencymix":
+                draws.mix = number % 2 == 0
+            method.step(model, images, labels, draws).loss.backward()
+            model.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            for size in (8, 8, 3):
+                model(torch.randn(size, 3, 16, 16))
+        counts.append(seen.count)
+    assert counts[3] <= MOST.get(name, 6)
+    assert counts[3] == counts[2]
