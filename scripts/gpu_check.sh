@@ -6,10 +6,10 @@
 # 1. scripts/benchmark.py: steps in both modes, the search
 # 2. tests on CUDA: every method against the CPU and the golden vectors, --fast against the default, repeatability
 # 3. the README's CIFAR-10 SAGE command, for 40 seconds by default and then with --fast for as long as time is left
-# OUT gets report.md, tests.log, the benchmark's JSON files, and metrics and config of both runs; what fails is in
-# report.md too, and the exit code is then 1. MINUTES=30 allows more time (300 epochs), PARTS="train" runs a part alone,
-# PYTHON=… names the environment, which needs requirements-dev.txt; a grid cut solver may be missing. DEVICE=cpu rehearses
-# it all without a GPU.
+# OUT gets report.md, which ends with every target and whether it was reached, tests.log, the benchmark's JSON files, and
+# metrics and config of both runs; what fails is in report.md too, and the exit code is then 1. MINUTES=30 allows more time
+# (300 epochs), PARTS="train" runs a part alone, PYTHON=… names the environment, which needs requirements-dev.txt; a grid
+# cut solver may be missing. DEVICE=cpu rehearses it all without a GPU, with a small network and few images.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [ $# -eq 2 ] || { echo "usage: bash scripts/gpu_check.sh DATA OUT" >&2; exit 2; }
@@ -19,6 +19,9 @@ rm -f "$2"/{default,fast}.{csv,json,log} "$2"/steps{,_fast}.{json,log} "$2"/sear
 data=$(cd "$1" && pwd) out=$(cd "$2" && pwd)
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 parts=${PARTS:-benchmark tests train} device=${DEVICE:-cuda}
+small_steps=() small_search=() small_run=()
+[ "$device" = cuda ] || small_steps=(--initial_channels 8 --repeats 1) small_search=(--search_sizes 16 32 --repeats 1) \
+  small_run=(--initial_channels 8 --labels_per_class 50)
 deadline=$((SECONDS + 60 * ${MINUTES:-9} - 15))
 runs=$(mktemp -d) failed=0
 trap 'rm -rf "$runs"' EXIT
@@ -33,11 +36,16 @@ note() { echo "$*" | tee -a "$out/report.md"; }
 
 "$python" - "$device" >"$out/report.md" <<'PY' || exit 1
 import platform, sys, time, torch
+from importlib.util import find_spec
 if sys.argv[1] == "cuda" and not torch.cuda.is_available():
     sys.exit("error: this PyTorch finds no CUDA device")
 name = torch.cuda.get_device_name(0) if sys.argv[1] == "cuda" else "A rehearsal on the CPU"
+solver = any(find_spec(name) for name in ("gco", "ortools"))
 print(f"# {name}\n\n{time.strftime('%Y-%m-%d')}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, "
       f"cuDNN {torch.backends.cudnn.version()}, Python {platform.python_version()}\n")
+if not solver:
+    print("Neither gco-wrapper nor ortools is installed: all tests of Puzzle Mix and Co-Mixup are skipped. "
+          "With a wheel of ortools from a file (pip install --no-index FILE) they run.\n")
 PY
 cat "$out/report.md"
 
@@ -45,10 +53,10 @@ if [[ " $parts " == *" benchmark "* ]]; then
   for mode in "" --fast; do
     name=steps${mode:+_fast}
     # shellcheck disable=SC2086
-    within "$([ "$mode" ] && echo 150 || echo 75)" "$python" scripts/benchmark.py --device "$device" --parts steps --methods vanilla sage $mode --out "$out/$name.json" |
+    within "$([ "$mode" ] && echo 150 || echo 75)" "$python" scripts/benchmark.py --device "$device" --parts steps --methods vanilla sage $mode "${small_steps[@]}" --out "$out/$name.json" |
       tee "$out/$name.log" | grep '^|\|^whole' || { failed=1; note "- the benchmark of steps $mode failed"; }
   done
-  within 60 "$python" scripts/benchmark.py --device "$device" --parts search --out "$out/search.json" |
+  within 60 "$python" scripts/benchmark.py --device "$device" --parts search "${small_search[@]}" --out "$out/search.json" |
     tee "$out/search.log" | grep '^|\|^search' || { failed=1; note "- the benchmark of the search failed"; }
   for name in steps steps_fast search; do
     [ -f "$out/$name.log" ] && { echo; grep '^|\|^whole\|^search' "$out/$name.log" | sed 's/^\(whole.*\|search.*\)$/\n\1\n/'; } >>"$out/report.md"
@@ -57,7 +65,7 @@ if [[ " $parts " == *" benchmark "* ]]; then
 fi
 
 if [[ " $parts " == *" tests "* ]]; then
-  within $((${MINUTES:-9} * 20)) "$python" -m pytest tests/test_graph.py tests/test_devices.py -v -rfE >"$out/tests.log" 2>&1 ||
+  within $((${MINUTES:-9} * 20)) "$python" -m pytest -o addopts= tests/test_graph.py tests/test_devices.py -v -rfE >"$out/tests.log" 2>&1 ||
     { [ $? -ne 124 ] || note "- the tests were stopped by the time limit"; failed=1; grep -E "(^(FAILED|ERROR)| (FAILED|ERROR) +\[)" "$out/tests.log" | sed 's/^/- /' | tee -a "$out/report.md"; }
   note "Tests of test_devices.py and test_graph.py: $(tail -n 1 "$out/tests.log")"
 fi
@@ -67,7 +75,7 @@ train() {  # train NAME SECONDS FLAGS…
   within "$limit" "$python" main.py --dataset cifar10 --data_dir "$data" --root_dir "$runs" --labels_per_class 5000 \
     --arch preactresnet18 --learning_rate 0.2 --momentum 0.9 --decay 0.0001 --epochs 300 --schedule 100 200 \
     --gammas 0.1 0.1 --method sage --blur_sigma 1.0 --seed 1 --kernel_size 5 --ngpu $([ "$device" = cuda ] && echo 1 || echo 0) --workers 2 --mixup_alpha 1.0 \
-    --upper_lambda 0.6 --rand_pos 0.01 --update_ratio 0.7 --add_name "$name" "$@" >"$out/$name.log" 2>&1
+    --upper_lambda 0.6 --rand_pos 0.01 --update_ratio 0.7 --add_name "$name" "${small_run[@]}" "$@" >"$out/$name.log" 2>&1
   local code=$?
   for folder in "$runs"/*"$name"; do
     cp "$folder/metrics.csv" "$out/$name.csv" && cp "$folder/config.json" "$out/$name.json"
@@ -92,4 +100,48 @@ if [[ " $parts " == *" train "* ]]; then
   [ "$(left)" -gt 120 ] && train default 40
   train fast "$(left)" --fast
 fi
+"$python" - "$out" "$device" <<'PY' | tee -a "$out/report.md"
+import csv, json, re, statistics, sys
+from pathlib import Path
+out, device = Path(sys.argv[1]), sys.argv[2]
+print("\n## Targets\n" + ("" if device == "cuda" else "\nA rehearsal: none of these numbers is one of a GPU.\n"))
+
+def read(name, part):
+    path = out / f"{name}.json"
+    return json.loads(path.read_text()).get(part) if path.exists() else None
+
+def say(target, found):  # found: (what, whether it was reached) of everything measured for it
+    for what, reached in found or [("not measured", None)]:
+        print(f"- {target}: {what}" + ("" if reached is None else f" – {'reached' if reached else 'NOT reached'}"))
+
+search, steps = read("search", "search"), {"": read("steps", "steps"), " --fast": read("steps_fast", "steps")}
+times = {}
+if search:
+    counts = sorted(search["candidates"], key=int)
+    total = int(counts[-1])
+    times = {"1% of the offsets": search["candidates"][str(total // 100)], "all offsets": search["candidates"][counts[-1]]}
+rows = [(f"sage, {k}", f"{k}{mode}", table) for mode, table in steps.items() if table for k in ("1% of the offsets", "all offsets")]
+say("SAGE's search of a batch in at most 0.3 ms", [(f"{k}: {ms:.2f} ms", ms <= 0.3) for k, ms in times.items()])
+shares = [(name, times[label[6:]] / table[label]["median_ms"]) for label, name, table in rows if times]
+say("the search at most 3 % of a step", [(f"{name}: {share:.1%}", share <= 0.03) for name, share in shares])
+ratios = [(name, table[label]["ratio"]) for label, name, table in rows]
+say("a step of SAGE at most 2.05 × vanilla's", [(f"{name}: {ratio:.2f}", ratio <= 2.05) for name, ratio in ratios])
+
+log = (out / "tests.log").read_text() if (out / "tests.log").exists() else ""
+def tests(name):
+    ends = re.findall(rf"::{name}(?:\[\S*\])? (PASSED|FAILED|ERROR|SKIPPED)", log)
+    if not ends or set(ends) == {"SKIPPED"}:
+        return [(f"{len(ends)} tests, all skipped" if ends else "not measured", None)]
+    return [(f"{ends.count('PASSED')} of {len(ends)} tests passed", set(ends) <= {"PASSED", "SKIPPED"})]
+
+say("no wait for the GPU in a step", tests("test_no_step_waits_for_the_gpu"))
+path = out / "fast.csv"
+seconds = [float(row["seconds"]) for row in csv.DictReader(path.open())] if path.exists() else []
+if seconds:
+    minutes = (seconds[0] + 299 * statistics.median(seconds[1:] or seconds)) / 60
+    seconds = [(f"{minutes:.1f} minutes, from {len(seconds)} epochs", minutes <= 10 if device == "cuda" else None)]
+say("300 epochs of SAGE on CIFAR-10 with --fast in at most 10 minutes", seconds)
+say("the same weights, to the last bit, from a run that was stopped, with --deterministic True",
+    tests("test_a_stopped_run_on_cuda_goes_on_bitwise"))
+PY
 exit $failed

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +34,7 @@ from models import build_model
 from utils.device import prepare
 from utils.train import step_taker
 
-from .common import MEAN, SAGE, STD, golden, load_fixed_weights, main, normalise, rows, weights
+from .common import ENVIRONMENT, MEAN, ROOT, SAGE, STD, golden, load_fixed_weights, main, normalise, rows, weights
 from .test_models import CASES, ONE_OF_A_FAMILY
 from .test_sage import smooth_maps
 
@@ -218,9 +221,9 @@ def test_a_step_on_cuda_is_the_one_on_the_cpu(name: str) -> None:
         one_step(name, network().to(kind), torch.device(kind)) for kind in ("cpu", "cuda")
     )
     torch.testing.assert_close(there.loss.cpu(), here.loss, rtol=1e-3, atol=1e-6)
-    assert here.targets is not None
-    assert there.targets is not None
-    assert (there.targets.cpu() - here.targets).abs().max() < 5e-3
+    assert here.mixed.targets is not None
+    assert there.mixed.targets is not None
+    assert (there.mixed.targets.cpu() - here.mixed.targets).abs().max() < 5e-3
     assert F.cosine_similarity(found.cpu(), expected, dim=0) > 0.995
 
 
@@ -296,6 +299,30 @@ def test_steps_are_recorded_and_do_what_they_do(name: str) -> None:
 # --- runs ----------------------------------------------------------------------------------------------------------
 
 RUN = ["--dataset", "folder", "--arch", "preactresnet18", "--initial_channels", "4", "--batch_size", "8"]
+
+
+@needs_cuda
+@pytest.mark.parametrize("fast", [[], ["--fast"]])
+def test_a_stopped_run_on_cuda_goes_on_bitwise(fast: list[str], tree: Path, tmp_path: Path) -> None:
+    stopped_and_whole([*RUN, *SAGE, "--data_dir", tree, "--ngpu", 1, "--deterministic", "True", *fast], tmp_path)
+
+
+def stopped_and_whole(command: list[Any], tmp_path: Path) -> None:
+    """A run that SIGTERM stops after its first epoch ends like one that is not stopped."""
+    command = [*command, "--epochs", 8, "--schedule", 4, "--gammas", 0.1, "--root_dir"]
+    words = [sys.executable, "main.py", *map(str, [*command, tmp_path / "a"])]
+    process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    while not list((tmp_path / "a").glob("*/metrics.csv")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(120) == 143
+    for end in ("a", "b"):
+        main(*command, tmp_path / end)
+    first, second = (next((tmp_path / end).iterdir()) for end in ("a", "b"))
+    assert rows(first) == rows(second)
+    mine, other = weights(first), weights(second)
+    assert all(torch.equal(mine[key], other[key]) for key in mine)
 
 
 @needs_cuda
