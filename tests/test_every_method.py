@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -38,7 +39,19 @@ SOURCES = {  # the words that name each, but for its folder
 }
 NUMBER = 7  # training images of most sources; with a batch of 3 the last batch is a single image
 SOLVERS = ["gco", "ortools"]
-NEED_SOLVER = ["puzzle", "comix"]
+
+
+def cuts_grids(name: str) -> bool:
+    """Whether a method asks for a solver in a step."""
+    method, model = build_method(name, "cifar10", 10), models.build_model("preactresnet18", 10, initial_channels=2)
+    draws = method.draw(np.random.default_rng(0), 3, 16, 16)
+    spies = {f"_{solver}": mock.Mock(wraps=getattr(gridcut, f"_{solver}")) for solver in SOLVERS}
+    with mock.patch.multiple(gridcut, **spies):
+        method.step(model, torch.randn(3, 3, 16, 16), torch.arange(3), draws)
+    return any(spy.called for spy in spies.values())
+
+
+NEED_SOLVER = [name for name in METHODS if cuts_grids(name)]
 
 
 def picture(index: int, height: int, width: int) -> np.ndarray:
@@ -187,6 +200,10 @@ def hide(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
 SHORT = "--epochs 2 --schedule 1 --gammas 0.1 --learning_rate 0.05"
 
 
+def test_two_methods_cut_grids() -> None:
+    assert {"puzzle", "comix"} == set(NEED_SOLVER)
+
+
 def test_no_source_is_left_out() -> None:
     assert {words.split()[0] for words in SOURCES.values()} == set(DATASETS)
 
@@ -249,5 +266,5 @@ def test_small_batches_of_one_colour_and_no_saliency(
     for seed in range(3):
         method.step(model, images, labels, method.draw(np.random.default_rng(seed), size, 16, 24)).loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-    if flat != "images" and name in NEED_SOLVER:
+    if flat != "images":
         assert all((step.mixed.saliency[0] == 1).all() for step in taken if step.mixed.saliency)
