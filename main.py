@@ -120,8 +120,8 @@ def evaluate(args: argparse.Namespace, given: set[str]) -> int:
     records.start_log()
     if warning:
         log.warning(f"warning: {warning}")
-    set_precision(args.deterministic)
     network, data, _ = checkpoint.network_and_images(args, given)
+    set_precision(args.deterministic)
     model, data = prepare(network.model, device, args.fast), data.to(device)
     log.info(records.line_of_scores("Test", loop.evaluate(model, data.test, data, device, "test"), "test"))
     return 0

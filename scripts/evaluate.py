@@ -157,11 +157,6 @@ def evaluate(args: argparse.Namespace, given: set[str]) -> int:
     model, data, epochs = prepare(network.model, device, False), data.to(device), about.epochs
     if sha256(args.resume) != digest:
         raise UserError(f"{args.resume} was written anew meanwhile; type the same command again")
-    if (about.digests or {}).get("test", data.digests["test"]) != data.digests["test"]:
-        log.warning(
-            f"warning: the test set of {data.source} is not the one {args.resume} was tested on in training; "
-            "summarize.py leaves its results out (--shift NAME=PATH measures another set beside the own one)"
-        )
     arrays = find_arrays(args) if "corruptions" in args.parts else None
     sets = open_sets(args, data)
     args.out = args.out or Path(args.resume).parent / "evaluation"

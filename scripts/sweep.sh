@@ -39,6 +39,7 @@ jobs=${jobs:-$((gpus > 0 ? gpus : 1))}
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || die "--jobs $jobs is not a number of runs"
 list='import sys; sys.path.insert(0, sys.argv[1]); import mixup; print(*mixup.METHODS)'
 [ "$methods" != all ] || methods=$("$python" -c "$list" "$checkout") || die "$python cannot list the methods"
+[[ $methods =~ [^[:space:]] ]] || die "$python lists no methods"
 
 commands=()
 for arch in $archs; do

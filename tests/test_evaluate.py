@@ -597,12 +597,19 @@ def test_other_test_sets(words: list[object], images: Path, other_sets: Path, tm
     with Image.open(tmp_path / "checkpoint_shift.png") as picture:
         assert min(picture.size) > 200
     # a later call adds a set, and measures one anew; --images is of corrupted sets
-    again = ["--shift", f"arrays={images / 'test'}", "--shift", f"few={other_sets / 'tree'}", "--images", 2]
+    again = [
+        "--shift",
+        f"arrays={images / 'test'}",
+        "--shift",
+        f"few={other_sets / 'corrupted' / 'fog' / '1'}",
+        "--images",
+        2,
+    ]
     _, later = evaluate(*words, "--parts", "clean", *again, "--out", tmp_path)
     assert [*later["shift"]] == ["all", "some", "arrays", "corrupted", "few"]
     assert later["shift"]["arrays"]["path"] == str(images / "test")
     assert later["shift"]["some"] == sets["some"]
-    assert later["shift"]["few"]["images"] == 60
+    assert later["shift"]["few"]["images"] == 24
 
 
 def test_other_test_sets_that_do_not_fit_are_refused(

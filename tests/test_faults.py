@@ -390,6 +390,24 @@ def test_signals(
     assert_same(folder, whole)
 
 
+def test_a_signal_between_saves_loses_nothing(words: list[object], tmp_path: Path, whole: Path) -> None:
+    """After an epoch was evaluated, and long before the next save is due."""
+    mine = [*words, "--root_dir", tmp_path, "--checkpoint_minutes", 5]
+    first = partial(forked.send_at, "utils.records:write_metrics", signal.SIGTERM)
+    code, said = forked.start(*mine, first=first).end()
+    assert (code, "stopped in epoch 1, step 0" in said) == (143, True), said
+    assert archive.load(tmp_path / whole.name / checkpoint.LAST)["progress"]["epoch"] == 1
+    assert "continuing in epoch 1, step 0" in finish(*mine)
+    assert_same(tmp_path / whole.name, whole)
+
+
+def test_the_time_of_the_last_save_is_kept_where_nothing_is_written() -> None:
+    """On the processes that write no files: else they ask for a save at every step."""
+    run: Any = SimpleNamespace(folder=None, saved=-1e9)
+    checkpoint.save_run(run)
+    assert run.saved > 0
+
+
 # -------------------------------------------------------------------------------------------------------- damaged files
 
 

@@ -96,6 +96,24 @@ def test_evaluate_prints_the_test_numbers(sage_run: Path, tree: Path) -> None:
     assert expected in done.stdout
 
 
+def test_evaluate_names_other_test_images(sage_run: Path, tree: Path, tmp_path: Path) -> None:
+    """Images of another size are refused, unless a size is given; others of that size are evaluated with a warning."""
+    path = sage_run / "checkpoint.pth.tar"
+    for side in (32, 96):
+        for split in ("train", "test"):
+            for name in ("dark", "light"):
+                folder = tmp_path / str(side) / split / name
+                folder.mkdir(parents=True)
+                Image.new("RGB", (side, side), (90, 60, 30)).save(folder / "0.png")
+    words = ["--evaluate", "--resume", path, "--dataset", "folder", "--ngpu", 0, "--data_dir"]
+    assert "is not the one" not in main(*words, tree).stdout
+    assert "warning: the test set of" in main(*words, tmp_path / "32").stdout
+    refused = main(*words, tmp_path / "96", check=1).stderr
+    assert "was trained on images of 32×32; those of" in refused
+    assert "96×96" in refused
+    main(*words, tmp_path / "96", "--image_size", 32)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_stopped_run_continues_to_the_same_end(
     sage_run: Path, tree: Path, tmp_path: Path, number: signal.Signals

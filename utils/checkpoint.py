@@ -42,6 +42,7 @@ LARGE = 64  # height in pixels from which the first convolution of a network has
 def save_run(run: Run) -> None:
     """Write the checkpoint, and the best one if it is not written yet; a failing disk stops the run with one line, the
     checkpoints before stay."""
+    run.saved = time.monotonic()
     if run.folder is None:
         return
     if run.lock is not None and runs.lock_is_lost(run.folder, run.lock):
@@ -55,7 +56,7 @@ def save_run(run: Run) -> None:
             f"cannot write a checkpoint into {run.folder}: {error.strerror or error}; the one before is "
             f"untouched. Make room there and give the same command again"
         ) from error
-    run.best_is_new, run.saved = False, time.monotonic()
+    run.best_is_new = False
 
 
 def state_of(run: Run) -> dict[str, Any]:
@@ -437,6 +438,17 @@ def network_and_images(args: argparse.Namespace, given: set[str]) -> tuple[Pixel
     of_network = {name: getattr(data, name) for name in ("image_size", "mean", "std") if state.get(name) is None}
     network, about = network_of(state, path, {**of_network, "arch": args.arch, "dataset": args.dataset})
     refuse_other_classes(about.classes or data.classes, data.classes, path)
+    if data.image_size != about.image_size and "image_size" not in given:
+        sizes = ["{}×{}".format(*size) for size in (about.image_size, data.image_size)]
+        raise UserError(
+            f"{path} was trained on images of {sizes[0]}; those of {data.source} are {sizes[1]}. Give --image_size "
+            f"{about.image_size[0]}, or their own size to evaluate at that"
+        )
+    if (about.digests or {}).get("test", data.digests["test"]) != data.digests["test"]:
+        log.warning(
+            f"warning: the test set of {data.source} is not the one {path} was tested on in training; summarize.py "
+            "leaves its results out (evaluate.py --shift NAME=PATH measures another set beside the own one)"
+        )
     return network, replace(data, mean=about.mean, std=about.std), about
 
 
@@ -467,6 +479,8 @@ def about_of(state: dict[str, Any], weights: dict[str, Tensor], path: str, given
             "data set's name stands for its image size, mean and std)"
         )
     number, classes = number_of_classes(weights), state.get("classes")
+    if "classes" in state and not isinstance(classes, list):
+        raise ValueError("its classes are not names")
     if classes is not None and (len(classes) != number or not all(isinstance(name, str) for name in classes)):
         raise ValueError("its classes are not those of its weights")
     size = found["image_size"]

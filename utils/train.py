@@ -46,10 +46,12 @@ def fit(run: Run) -> None:
         network.train()
         if not (train_epoch(run, step) and after_epoch(run, kept)):
             break
+    if stopped(run):
+        save(run)
 
 
 def train_epoch(run: Run, step: Take) -> bool:
-    """The rest of the epoch in progress; whether it was finished. If not, a signal came and everything is saved."""
+    """The rest of the epoch in progress; whether it was finished. If not, a signal came."""
     with Meter(run) as meter:
         for number, (images, labels) in rest_of_epoch(run):
             draws = draw(run, number, images)
@@ -104,7 +106,7 @@ def draw(run: Run, number: int, images: Tensor) -> Any:
 
 def after_batch(run: Run, meter: Meter, result: Step, images: Tensor) -> bool:
     """Position, clock, lines and picture; every few steps the processes agree on saving and stopping. Whether a signal
-    came, to any of them: then everything is saved."""
+    came, to any of them."""
     run.progress.step += 1
     plot_first_batch(run, result, images)
     meter.show(run.count_time())
@@ -113,13 +115,14 @@ def after_batch(run: Run, meter: Meter, result: Step, images: Tensor) -> bool:
     wanted = processes.largest(run.stop.exit_code or int(save_is_due(run)), run.device)
     if wanted:
         meter.settle()
+    if wanted == 1:
         save(run)
     run.stop.exit_code = max(run.stop.exit_code, wanted if wanted > 1 else 0)
     return wanted > 1
 
 
 def after_epoch(run: Run, kept: Records) -> bool:
-    """Evaluate, save, and write the records; False if a signal came meanwhile, and the epoch is evaluated next time."""
+    """Evaluate, save where due, and write the records; False if a signal came before the epoch was evaluated."""
     progress, evaluation_began = run.progress, time.monotonic()
     processes.share_buffers(run.model)
     row: dict[str, Any] = dict.fromkeys(records.COLUMNS)
@@ -129,7 +132,6 @@ def after_epoch(run: Run, kept: Records) -> bool:
             row.update(evaluate(run.model, run.data.valid, run.data, run.device, "valid", run.world, run.stop))
         row.update(evaluate(run.model, run.data.test, run.data, run.device, "test", run.world, run.stop))
     except Stopped:
-        save(run)
         return False
     if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
         raise not_finite(run, progress.step)
@@ -142,8 +144,8 @@ def after_epoch(run: Run, kept: Records) -> bool:
     is_best = records.best_row([*progress.rows, row]) is row
     if run.resume and run.folder is not None and not (run.best or (run.folder / checkpoint.BEST).exists()):
         is_best = True  # what was better is in the folder of the run that --resume names
-    progress.next_epoch(row)
     refuse_bad_weights(run)
+    progress.next_epoch(row)
     if is_best:
         checkpoint.keep_best(run)
     if save_is_due(run) or progress.epoch >= run.training.epochs:
