@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,12 +54,13 @@ class Setting:
             return None if value in self.choices else f"{value!r} is none of {', '.join(self.choices)}"
         if self.kind is bool:
             return None if isinstance(value, bool) else f"{value!r} is neither True nor False"
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or (self.kind is int and value % 1):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or (self.kind is int and value % 1):
             return f"{value!r} is not a {'whole ' if self.kind is int else ''}number"
+        number = value if isinstance(value, int) else float(value)  # of NumPy's types, and as it is kept
         low = -math.inf if self.low is None else self.low
         high = math.inf if self.high is None else self.high
         above = -math.inf if self.above is None else self.above
-        if value == self.besides or (abs(value) < LARGEST and low <= value <= high and value > above):
+        if number == self.besides or (abs(number) < LARGEST and low <= number <= high and number > above):
             return None
         return f"{value} is out of range: must be {self.range()}"
 
@@ -104,10 +106,14 @@ def settings_of(kind: Any) -> dict[str, Setting]:
 
 
 def check(values: Any) -> None:
-    """Raise ``ValueError`` with the name and the value of the first setting that is out of range."""
+    """Raise ``ValueError`` with the name and the value of the first setting that is out of range; numbers of any type,
+    NumPy's too, become int or float, as their setting is."""
     for name, known in settings_of(values).items():
-        if problem := known.problem(getattr(values, name)):
+        value = getattr(values, name)
+        if problem := known.problem(value):
             raise ValueError(f"{name} {problem}")
+        if known.choices is None and known.kind in (int, float):
+            setattr(values, name, known.kind(value))
 
 
 def passed_on(values: Any) -> dict[str, Any]:

@@ -61,7 +61,15 @@ from utils.errors import BadArguments, UserError, exit_code
 from utils.options import Parser, number, one_of
 from utils.records import log
 from utils.robustness import CORRUPTIONS, SEVERITIES, calibration, corrupt, fgsm, pgd
-from utils.test_sets import BENCHMARK, Sets, corrupted_sets, corruptions_below, is_corrupted, open_set
+from utils.test_sets import (
+    BENCHMARK,
+    Sets,
+    corrupted_sets,
+    corruptions_below,
+    is_corrupted,
+    open_set,
+    refuse_unknown_arrays,
+)
 from utils.train import hits
 
 PARTS = ("clean", "calibration", "corruptions", "fgsm", "pgd")
@@ -157,7 +165,7 @@ def evaluate(args: argparse.Namespace, given: set[str]) -> int:
     model, data, epochs = prepare(network.model, device, False), data.to(device), about.epochs
     if sha256(args.resume) != digest:
         raise UserError(f"{args.resume} was written anew meanwhile; type the same command again")
-    arrays = find_arrays(args) if "corruptions" in args.parts else None
+    arrays = find_arrays(args, data) if "corruptions" in args.parts else None
     sets = open_sets(args, data)
     args.out = args.out or Path(args.resume).parent / "evaluation"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -190,12 +198,12 @@ def evaluate(args: argparse.Namespace, given: set[str]) -> int:
     for name in ("fgsm", "pgd"):
         if name in args.parts:
             attacks(job, name)
-            draw_attacks(job, write(job))
+            plot_attacks(job, write(job))
     for name, found in sets.items():
         shift(job, name, found, logits)
         write(job)
     if sets:
-        draw_shifts(job, write(job)["shift"])
+        plot_shifts(job, write(job)["shift"])
     log.info(f"{job.path('.md')}\n{job.path('.json')}")
     return 0
 
@@ -307,7 +315,7 @@ def clean(job: Job, logits: Tensor) -> None:
     }  # fmt: skip
     ranked = sorted(((value, name) for name, value in per_class.items() if value is not None))
     title = "class" if len(classes) <= FEW else f"class (the {FEW} lowest)"
-    draw_confusion(job, confusion, first)
+    plot_confusion(job, confusion, first)
     job.text["Clean"] = [
         f"top-1 {first:.2f} %, top-5 {five:.2f} %, cross-entropy {loss:.4f}",
         table((title, "accuracy [%]"), [(name, f"{value:.2f}") for value, name in ranked[:FEW]]),
@@ -325,7 +333,7 @@ def calibrate(job: Job, logits: Tensor) -> None:
         "ece": 100 * error, "bins": job.args.bins, "mean_confidence": confidence,
         "bin_images_accuracy_confidence": columns,
     }  # fmt: skip
-    draw_reliability(job, rows, 100 * error, confidence)
+    plot_reliability(job, rows, 100 * error, confidence)
     line = f"expected calibration error {100 * error:.2f} % ({job.args.bins} equal bins), "
     line += f"mean confidence {confidence:.2f} %, accuracy {job.result['clean']['top1']:.2f} %"
     job.text["Calibration"] = [line, picture(job, "_reliability.png", "Reliability diagram")]
@@ -335,14 +343,16 @@ def calibrate(job: Job, logits: Tensor) -> None:
 # ---------------------------------------------------------------------------------------------------------- corruptions
 
 
-def find_arrays(args: argparse.Namespace) -> Path | None:
-    """The folder of published images, where one was named or lies beside the images."""
+def find_arrays(args: argparse.Namespace, data: Data) -> Path | None:
+    """The folder of published images of these classes, where one was named or lies beside the images."""
     usual = Path(args.data_dir) / PUBLISHED.get(args.dataset, "")
     folder = args.corruptions_dir or (usual if args.dataset in PUBLISHED and usual.is_dir() else None)
     if folder is not None and not is_corrupted(folder):
         raise BadArguments(
             f"{folder} holds no labels.npy, which published arrays have, and no corruption/severity/class"
         )
+    if folder is not None:
+        refuse_unknown_arrays(folder, data.classes)
     return folder
 
 
@@ -368,8 +378,8 @@ def corruptions(job: Job, arrays: Path | None) -> None:
     job.result["corruptions"] = f"{what}; {count:,} images, seed {job.args.seed}"
     job.result["corruptions_dir"] = str(arrays) if arrays else None
     job.result["corruption_errors"], job.result["corruption_error"] = errors, mean
-    draw_corruptions(job, errors, f"Top-1 error [%], mean of {len(counted)} corruptions {mean:.1f}\n{what}")
-    draw_images(job, shown, what)
+    plot_corruptions(job, errors, f"Top-1 error [%], mean of {len(counted)} corruptions {mean:.1f}\n{what}")
+    plot_images(job, shown, what)
     head = ("corruption", *map(str, range(1, SEVERITIES + 1)), "mean")
     rows = [(name, *(f"{e:.2f}" for e in row), f"{np.mean(row):.2f}") for name, row in errors.items()]
     line = f"mean corruption error {mean:.2f} %: top-1 error, mean over {len(counted)} corruptions and their severities"
@@ -517,7 +527,7 @@ def title_of(job: Job) -> str:
     return "\n".join([*(line.replace("_ ", "_") for line in words), path.name])
 
 
-def draw_confusion(job: Job, confusion: Tensor, accuracy: float) -> None:
+def plot_confusion(job: Job, confusion: Tensor, accuracy: float) -> None:
     """Shares of each true class, in %, with numbers and names where they fit."""
     classes = job.data.classes
     shares = (100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
@@ -544,7 +554,7 @@ def write_numbers(axes: Any, values: np.ndarray, dark: float, size: float) -> No
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=size, color=colour)
 
 
-def draw_reliability(job: Job, rows: Sequence[tuple[int, float, float]], error: float, confidence: float) -> None:
+def plot_reliability(job: Job, rows: Sequence[tuple[int, float, float]], error: float, confidence: float) -> None:
     """Accuracy of each bin beside its confidence, over the number of images in it."""
     count, accuracy, sure = np.nan_to_num(np.array(rows)).T
     edges = np.linspace(0, 1, len(rows) + 1)
@@ -574,7 +584,7 @@ def draw_reliability(job: Job, rows: Sequence[tuple[int, float, float]], error: 
     save(job, figure, "_reliability.png")
 
 
-def draw_corruptions(job: Job, errors: dict[str, list[float]], title: str) -> None:
+def plot_corruptions(job: Job, errors: dict[str, list[float]], title: str) -> None:
     """Errors as a table in colours: a row a corruption, a column a severity, and their mean."""
     values = np.array([[*row, np.mean(row)] for row in errors.values()])
     figure = Figure(figsize=(5.6, 1.4 + 0.32 * len(values)), layout="constrained", dpi=120)
@@ -589,7 +599,7 @@ def draw_corruptions(job: Job, errors: dict[str, list[float]], title: str) -> No
     save(job, figure, "_corruptions.png")
 
 
-def draw_images(job: Job, shown: dict[str, list[Tensor]], title: str) -> None:
+def plot_images(job: Job, shown: dict[str, list[Tensor]], title: str) -> None:
     """One image under every corruption, severities downwards, below the image itself where it is known."""
     gap = max(1, min(job.data.image_size) // 32)
     tiles = [F.pad(torch.stack(column), (gap,) * 4, value=255) for column in shown.values()]
@@ -609,7 +619,7 @@ def draw_images(job: Job, shown: dict[str, list[Tensor]], title: str) -> None:
     save(job, figure, "_images.png")
 
 
-def draw_shifts(job: Job, sets: dict[str, dict[str, Any]]) -> None:
+def plot_shifts(job: Job, sets: dict[str, dict[str, Any]]) -> None:
     """Accuracy on other test sets, each beside the own one's images of the same classes."""
     figure = Figure(figsize=(2.4 + 1.3 * len(sets), 3.8), layout="constrained", dpi=120)
     axes = figure.subplots()
@@ -630,7 +640,7 @@ def draw_shifts(job: Job, sets: dict[str, dict[str, Any]]) -> None:
     save(job, figure, "_shift.png")
 
 
-def draw_attacks(job: Job, result: dict[str, Any]) -> None:
+def plot_attacks(job: Job, result: dict[str, Any]) -> None:
     """Accuracy under attacks of each size, beside that of the same images unattacked."""
     found = {name: {row["eps_of_255"]: row for row in result[name]} for name in ("fgsm", "pgd") if name in result}
     sizes = sorted({size for rows in found.values() for size in rows})

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Normalize
 
+from load_data import load
 from tests.common import ENVIRONMENT, MEAN, ROOT, SMALL, STD, main, rows
 from utils import options
+from utils.errors import BadArguments
 from utils.robustness import CORRUPTIONS, calibration, corrupt, fgsm, pgd
+from utils.test_sets import CIFAR10, CIFAR100, CLASSES_OF_ARRAYS, corrupted_sets
 
 # ---------------------------------------------------------------------------------------------------------- calibration
 
@@ -121,7 +125,7 @@ def test_images_of_another_type_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
-    """A small network, in float64, that takes pixels in 0 … 1."""
+    """A small network, in float64, that takes pixels in [0, 1]."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 6, 3), nn.SiLU(), nn.Flatten(), nn.Linear(6 * 10 * 14, 4)]
     return nn.Sequential(Normalize(MEAN.tolist(), STD.tolist()), *layers).double().eval()
@@ -435,6 +439,7 @@ def test_published_arrays_are_read_where_they_are(
 ) -> None:
     from scripts import evaluate as script
 
+    monkeypatch.setitem(CLASSES_OF_ARRAYS, "ours", [*CLASSES])
     published_arrays(tmp_path / "arrays", ["fog", "snow", "saturate"], np.arange(40, dtype=np.uint8) % 3)
     seen: list[tuple[str, float, list[int]]] = []
 
@@ -463,7 +468,41 @@ def test_published_arrays_are_read_where_they_are(
     assert "0 of the benchmark's 15" in found["corruptions"]
 
 
-def test_damaged_arrays_are_refused(words: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arrays_of_other_classes_are_refused(
+    words: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their labels name no classes: before anything is measured, whether named by itself or as another test set."""
+    published_arrays(tmp_path / "arrays", ["fog"], np.arange(12, dtype=np.uint8) % 3)
+    for flags in (
+        ["--parts", "corruptions", "--corruptions_dir", tmp_path / "arrays"],
+        ["--shift", f"C={tmp_path}/arrays"],
+    ):
+        assert evaluate(*words, *flags, "--out", tmp_path / "out")[0] == 2
+        error = capsys.readouterr().err
+        assert "name no classes" in error
+        assert "blue, green, red" in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_arrays_go_with_the_classes_of_cifar_alone(tmp_path: Path) -> None:
+    published_arrays(tmp_path / "arrays", ["fog"], np.arange(20, dtype=np.uint8) % 10)
+    digits = load("digits", tmp_path)
+    cifar = replace(digits, classes=CIFAR10)
+    assert [name for name, _, _ in corrupted_sets(tmp_path / "arrays", cifar, lambda labels: np.arange(10))] == [
+        "fog"
+    ] * 5
+    for classes in (digits.classes, CIFAR10[::-1], CIFAR10[:9]):
+        with pytest.raises(BadArguments, match="CIFAR-10-C or CIFAR-100-C"):
+            corrupted_sets(tmp_path / "arrays", replace(digits, classes=classes), np.flatnonzero)
+    assert len({*CIFAR100}) == 100
+    assert sorted(CIFAR100) == CIFAR100  # as its labels count them
+
+
+def test_damaged_arrays_are_refused(
+    words: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CLASSES_OF_ARRAYS, "ours", [*CLASSES])
     folder = tmp_path / "arrays"
     words = [*words, "--parts", "corruptions", "--corruptions_dir", folder, "--out", tmp_path / "out"]
 

@@ -453,6 +453,24 @@ def test_settings_out_of_range(name: str, value: float) -> None:
         Sage(10, **{name: value})  # type: ignore[arg-type]
 
 
+def test_settings_are_numbers_of_any_type() -> None:
+    """A whole float is a whole number, NumPy's numbers are numbers; what is kept is int or float."""
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(4)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+    mixed = []
+    for kernel_size, share in ((5, 0.5), (5.0, np.float32(0.5)), (np.int64(5), np.float64(0.5)), (np.float32(5), 0.5)):
+        sage = build_method("sage", "cifar10", 10, kernel_size=kernel_size, rand_pos=share, upper_lambda=np.int8(1))
+        kept = sage.kernel_size, sage.rand_pos, sage.upper_lambda  # type: ignore[attr-defined]
+        assert repr(kept) == "(5, 0.5, 1.0)"
+        draws = sage.draw(np.random.default_rng(0), 4, 16, 16)
+        mixed.append(sage.mix(network, images, labels, draws).images)
+    assert all(torch.equal(images, mixed[0]) for images in mixed)  # type: ignore[arg-type]
+    for wrong in (5.5, np.float32(5.5), np.nan, np.inf, "5", True, np.True_, None, 1j):
+        with pytest.raises(ValueError, match="kernel_size"):
+            build_method("sage", "cifar10", 10, kernel_size=wrong)
+
+
 def test_no_clean_gradient_at_ratio_one() -> None:
     model, (images, labels) = tiny_network(), tiny_batch()
     method = Sage(10)

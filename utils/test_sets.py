@@ -19,6 +19,19 @@ BENCHMARK = {  # the published corruptions in the mean; speckle_noise, gaussian_
     *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 }
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+CIFAR100 = [
+    "apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle", "bowl", "boy",
+    "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle", "chair", "chimpanzee", "clock",
+    "cloud", "cockroach", "couch", "crab", "crocodile", "cup", "dinosaur", "dolphin", "elephant", "flatfish",
+    "forest", "fox", "girl", "hamster", "house", "kangaroo", "keyboard", "lamp", "lawn_mower", "leopard", "lion",
+    "lizard", "lobster", "man", "maple_tree", "motorcycle", "mountain", "mouse", "mushroom", "oak_tree", "orange",
+    "orchid", "otter", "palm_tree", "pear", "pickup_truck", "pine_tree", "plain", "plate", "poppy", "porcupine",
+    "possum", "rabbit", "raccoon", "ray", "road", "rocket", "rose", "sea", "seal", "shark", "shrew", "skunk",
+    "skyscraper", "snail", "snake", "spider", "squirrel", "streetcar", "sunflower", "sweet_pepper", "table", "tank",
+    "telephone", "television", "tiger", "tractor", "train", "trout", "tulip", "turtle", "wardrobe", "whale",
+    "willow_tree", "wolf", "woman", "worm",
+]  # fmt: skip
+CLASSES_OF_ARRAYS = {"CIFAR-10-C": CIFAR10, "CIFAR-100-C": CIFAR100}  # published arrays name no classes
 Sets = Iterator[tuple[str, int, Split]]  # name, severity, images
 
 
@@ -68,9 +81,21 @@ def corruptions_below(path: Path) -> list[Path]:
 
 def corrupted_sets(path: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray]) -> Sets:
     """Name, severity and images of every corruption as published."""
+    refuse_unknown_arrays(path, data.classes)
     if (path / "labels.npy").exists():
         return corrupted_arrays(path, data, choose)
     return corrupted_tree(path, data, choose)
+
+
+def refuse_unknown_arrays(path: Path, classes: list[str]) -> None:
+    """Raise ``BadArguments`` where corrupted images are arrays, whose labels are numbers, and the network's classes are
+    not those of the published ones."""
+    if (path / "labels.npy").exists() and classes not in CLASSES_OF_ARRAYS.values():
+        raise BadArguments(
+            f"{path} holds arrays, whose labels name no classes: they are taken for {' or '.join(CLASSES_OF_ARRAYS)}, "
+            f"and the network's classes, {', '.join(classes[:3])} …, are of neither; use a tree "
+            "<corruption>/<severity>/<class>/"
+        )
 
 
 def corrupted_arrays(folder: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray]) -> Sets:
