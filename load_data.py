@@ -55,6 +55,11 @@ class Split:
         return len(self.labels)
 
 
+def stride_of(height: int) -> int:
+    """Stride of a network's first convolution for images of ``height`` pixels: 2 from 64 on, else 1."""
+    return 2 if height >= 64 else 1
+
+
 @dataclass(frozen=True)
 class Data:
     """A data set in memory.
@@ -91,13 +96,13 @@ class Data:
 
     @property
     def stride(self) -> int:
-        """What ``models.build_model`` takes: 2 from 64 pixels of height on, else 1."""
-        return 2 if self.image_size[0] >= 64 else 1
+        """What ``models.build_model`` takes, see ``stride_of``."""
+        return stride_of(self.image_size[0])
 
     @property
     def padding(self) -> int:
-        """Pixels of black on each side before the random crop: 4 from 64 pixels of height on, else 2."""
-        return 4 if self.image_size[0] >= 64 else 2
+        """Pixels of black on each side before the random crop: 2 for each pixel of ``stride``."""
+        return 2 * self.stride
 
     def to(self, device: torch.device | str) -> Data:
         """The same data kept on ``device``; on the host still, where it would take over 60 % of free CUDA memory."""

@@ -38,7 +38,7 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def settings() -> dict[str, Setting]:
+def all_settings() -> dict[str, Setting]:
     """Every setting of every method by name, once, with the methods that have it named in its help."""
     found: dict[str, Setting] = {}
     users: dict[str, list[str]] = {}
@@ -64,7 +64,7 @@ def build_method(name: str, dataset: str, num_classes: int, **given: Any) -> Met
     """
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; choose from {', '.join(METHODS)}")
-    if unknown := given.keys() - settings().keys() - {"mean", "std"}:
+    if unknown := given.keys() - all_settings().keys() - {"mean", "std"}:
         raise ValueError(f"no method has a setting named {', '.join(sorted(unknown))}")
     method = METHODS[name]
     mean, std = NORMALISATION.get(dataset, (None, None))

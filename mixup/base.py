@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .settings import ANY, check, setting, settings_of
 
+BLOCK_COUNTS = (2, 4, 8, 16)  # blocks a side, for methods that draw their number
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 

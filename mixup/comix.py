@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from .assignment import AssignSettings, AssignValues, sources
-from .base import Mixed, PartialMixing, alpha, behind, counting, laid_out_as, one_hot, to_device
+from .base import BLOCK_COUNTS, Mixed, PartialMixing, alpha, behind, counting, laid_out_as, one_hot, to_device
 from .saliency import clean_weight, cross_entropy_pass, ones_where_zero, root_mean_square
 from .settings import ANY, passed_on, setting, stands_for
 
@@ -171,9 +171,9 @@ class CoMixup(PartialMixing):
             ValueError: blocks that do not divide the image.
         """
         assert self.mixup_alpha is not None
-        fitting = [g for g in (2, 4, 8, 16) if height % g == 0 and width % g == 0]
+        fitting = [g for g in BLOCK_COUNTS if height % g == 0 and width % g == 0]
         if self.m_block_num == -1 and not fitting:
-            raise ValueError(f"neither of 2, 4, 8, 16 blocks a side divides an image of {height}×{width}")
+            raise ValueError(f"none of {BLOCK_COUNTS} blocks a side divides an image of {height}×{width}")
         g = int(rng.choice(fitting)) if self.m_block_num == -1 else self.m_block_num
         if height % g or width % g:
             raise ValueError(f"m_block_num {g} does not divide an image of {height}×{width}")

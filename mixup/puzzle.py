@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .base import (
+    BLOCK_COUNTS,
     Mixed,
     PairDraws,
     PartialMixing,
@@ -39,8 +40,6 @@ from .transport import move_blocks, transport_plan
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-BLOCK_COUNTS = (2, 4, 8, 16)
 
 
 class MaskSettings(TypedDict, total=False):
@@ -125,7 +124,7 @@ def puzzle_mix(
     """Puzzle Mix of every image with its partner.
 
     Args:
-        images: [B, C, H, W] float32, normalised by ``mean`` and ``std`` ([C] or [1, C, 1, 1], of 1).
+        images: [B, C, H, W] float32, normalised by ``mean`` and ``std`` ([C] or [1, C, 1, 1], for pixels in [0, 1]).
         saliency: [B, H, W] ≥ 0, of ``images``; a map of zeros counts as uniform.
         permutation: [B] int64; image b of pair i is ``images[permutation[i]]``.
         lam: share of image a, in [0, 1].

@@ -44,12 +44,14 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from load_data import stride_of
 from mixup import METHODS, build_method
 from mixup.base import Method
 from mixup.saliency import KnownSaliency, fine_grained_saliency, root_mean_square, saliency_pass
 from mixup.search import SHORT_LIST, best_offsets, exact_scores
 from mixup.settings import NORMALISATION
 from models import ARCHITECTURES, build_model
+from models.mixing import MIXING_POINTS
 from utils import records
 from utils.archive import atomic_write
 from utils.device import prepare, set_precision
@@ -251,8 +253,7 @@ def batch_of(count: int, height: int, width: int, device: torch.device) -> tuple
 
 
 def network_of(args: argparse.Namespace, device: torch.device, fast: bool) -> nn.Module:
-    stride = 2 if args.image_size >= 64 else 1
-    return prepare(build_model(args.arch, CLASSES, stride, args.initial_channels), device, fast)
+    return prepare(build_model(args.arch, CLASSES, stride_of(args.image_size), args.initial_channels), device, fast)
 
 
 def methods_of(args: argparse.Namespace) -> dict[str, Method]:
@@ -273,7 +274,7 @@ def methods_of(args: argparse.Namespace) -> dict[str, Method]:
 class StandIn(KnownSaliency):
     """In place of the network: known saliency, and features [B, C, H, W] for methods that mix inside the network."""
 
-    mixing_points = 3
+    mixing_points = MIXING_POINTS
 
     def __init__(self, maps: Tensor, features: Tensor) -> None:
         super().__init__(maps, CLASSES)

@@ -45,6 +45,7 @@ from mixup.base import Method, Mixed
 from mixup.saliency import KnownSaliency, fine_grained_saliency
 from mixup.settings import NORMALISATION
 from models import ARCHITECTURES, build_model
+from models.mixing import MIXING_POINTS
 from utils import images
 from utils.archive import atomic_write
 from utils.checkpoint import PixelNetwork, load_network
@@ -152,7 +153,7 @@ def read_sources(args: argparse.Namespace) -> Sources:
         if len(data.classes) < 3:
             raise UserError(f"{args.data_dir} has {len(data.classes)} classes; three are needed")
         of_class = [torch.nonzero(data.test.labels == k)[:, 0] for k in rng.permutation(len(data.classes))]
-        chosen = torch.stack([images[rng.integers(len(images))] for images in of_class if len(images)][:3])
+        chosen = torch.stack([members[rng.integers(len(members))] for members in of_class if len(members)][:3])
         labels = data.test.labels[chosen]
         height, width = (side - side % SIDE for side in data.image_size)
         if not height or not width:
@@ -190,7 +191,7 @@ class PictureNetwork(nn.Module):
         maps: [3, H, W], saliency that takes the place of the network's.
     """
 
-    mixing_points = 3
+    mixing_points = MIXING_POINTS
     features: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, network: PixelNetwork, labels: Tensor, side: int | None, maps: Tensor | None = None) -> None:

@@ -369,9 +369,9 @@ def write_summary(rows: list[Row], out: Path) -> None:
     write_differences(out / "differences.csv", grouped(rows)[0])
     write_table(out / "runs.csv", rows)
     if any(row["curve"] for row in rows):
-        draw_curves(rows, out / "curves")
+        plot_curves(rows, out / "curves")
     if any(row["state"] == "finished" for row in rows):
-        draw_cost(rows, out / "cost")
+        plot_cost(rows, out / "cost")
     print(text)
     print(*sorted(path for path in out.iterdir() if path.stem in WRITTEN), sep="\n")
 
@@ -429,7 +429,7 @@ def refreshed(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
-def draw_curves(rows: Sequence[Row], path: Path) -> None:
+def plot_curves(rows: Sequence[Row], path: Path) -> None:
     """Test accuracy against the epoch: mean ± deviation over seeds, the last quarter of the epochs enlarged; runs that
     are not finished as thin lines."""
     groups, left_out = pictured([*grouped(rows)[0], *grouped(rows, "unfinished")[0]])
@@ -464,7 +464,7 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
     save(figure, path, left_out)
 
 
-def draw_cost(rows: Sequence[Row], path: Path) -> None:
+def plot_cost(rows: Sequence[Row], path: Path) -> None:
     """Final accuracy against the seconds of an epoch, over vanilla's where all can be compared with it."""
     groups, left_out = pictured(grouped(rows)[0])
     relative = {id(group): relative_cost(group, groups) for group in groups}

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixup import manifold
 from mixup.base import bce_loss, one_hot
 from mixup.saliency import mean_magnitude, root_mean_square, saliency_pass
-from models import ARCHITECTURES, build_model
+from models import ARCHITECTURES, build_model, mixing
 
 from .common import ENVIRONMENT, ROOT, golden, load_fixed_weights, normalise
 
@@ -31,6 +32,12 @@ def small(arch: str, **settings: Any) -> nn.Module:
 def close(actual: Tensor, expected: np.ndarray) -> None:
     expected = np.asarray(expected)
     np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_manifold_mixup_knows_how_many_mixing_points_networks_have() -> None:
+    """It cannot import them: the methods stand alone."""
+    assert manifold.MIXING_POINTS == mixing.MIXING_POINTS
+    assert {small(arch).mixing_points for arch in ONE_OF_A_FAMILY} == {mixing.MIXING_POINTS}
 
 
 def near(actual: Tensor, expected: np.ndarray) -> None:
@@ -195,6 +202,7 @@ def test_errors(settings: dict[str, Any], message: str) -> None:
 
 NARROW = """
 import torch
+from mixup import manifold
 from mixup.base import bce_loss, one_hot
 from models import build_model
 from utils.device import prepare

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from load_data import IMAGE_SIZES, Data, steps_per_epoch
+from load_data import IMAGE_SIZES, Data, steps_per_epoch, stride_of
 from mixup.settings import NORMALISATION, Colour
 from models import build_model
 
@@ -33,7 +33,6 @@ from .records import log
 from .runs import Progress, Run
 
 LAST, PREVIOUS, BEST = "checkpoint.pth.tar", "checkpoint_previous.pth.tar", "model_best.pth.tar"
-LARGE = 64  # height in pixels from which the first convolution of a network has stride 2, see load_data.Data.stride
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -416,7 +415,7 @@ def network_of(state: dict[str, Any], path: str, given: dict[str, Any]) -> tuple
     weights = weights_of(state, path)
     with well_formed(path):
         about = about_of(state, weights, path, given)
-        model = empty_network(weights, about.arch, path, 2 if about.image_size[0] >= LARGE else 1)()
+        model = empty_network(weights, about.arch, path, stride_of(about.image_size[0]))()
     load_weights(model, weights, path, about.arch)
     return PixelNetwork(model, about.mean, about.std).eval(), about
 

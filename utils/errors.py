@@ -79,8 +79,8 @@ def run(program: Callable[[], int]) -> NoReturn:
 
 
 def exit_code(parser: ArgumentParser, work: Callable[[], int]) -> int:
-    """What ``work()`` returns; after one line on stderr about what the user can mend: 2 for bad arguments, 128 + its
-    number for a signal, 1 for the rest."""
+    """What ``work()`` returns; after one line on stderr about what the user can mend: 2 for bad arguments, 130
+    after Ctrl-C, 143 after any other signal, 1 for the rest."""
     import torch  # not above: ``begin`` is for a Python that may not have it
 
     from mixup.gridcut import NoSolver

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from load_data import DATASETS, IMAGE_SIZES, Data, load
-from mixup import METHODS, build_method, settings
+from mixup import METHODS, all_settings, build_method
 from mixup.base import Method
 from mixup.settings import LARGEST, Setting
 from models import ARCHITECTURES
@@ -164,7 +164,7 @@ def make_parser() -> Parser:
 def add_method_flags(parser: Parser) -> None:
     """Flags of the methods' settings, as the methods declare them."""
     group = parser.add_argument_group("methods (defaults apply where the method has no preset)")
-    for name, known in settings().items():
+    for name, known in all_settings().items():
         shown = known.default if known.flag_default is None else known.flag_default
         text = known.help + (f" (default: {shown})" if shown is not None else "")
         group.add_argument(f"--{name}", type=value_of(known), help=text)
@@ -270,7 +270,7 @@ def load_images(args: argparse.Namespace, given: set[str]) -> Data:
 
 def method_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The methods' settings that were given, by flag name."""
-    names = settings().keys() & vars(args).keys()
+    names = all_settings().keys() & vars(args).keys()
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 

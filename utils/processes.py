@@ -112,8 +112,8 @@ def agreed_name(store: dist.Store, world: World) -> str:
     """A name that the processes of this attempt alone know, chosen by rank 0.
 
     torchrun keeps one store through all its restarts, with the addresses of killed processes in it, and the machines of
-    a run need not count restarts alike. So every other process first shows that it is alive, by a word never used
-    before, and is answered under that word.
+    a run need not count restarts alike. So every other process first shows that it is alive, by a key never used
+    before, and is answered under that key.
     """
     mine = uuid.uuid4().hex
     if world.rank > 0:
@@ -127,7 +127,7 @@ def agreed_name(store: dist.Store, world: World) -> str:
         if time.monotonic() > deadline:
             raise RuntimeError(f"process {missing[0]} does not answer")
         for rank in missing:
-            store.set(store.get(f"present/{rank}").decode(), mine)  # a dead one's word at first; its successor's comes
+            store.set(store.get(f"present/{rank}").decode(), mine)  # a dead one's key at first; its successor's comes
         time.sleep(0.02)
         missing = [rank for rank in missing if not store.check([f"{mine}/{rank}"])]
     return mine

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from load_data import DATASETS
-from mixup import METHODS, build_method, settings
+from mixup import METHODS, all_settings, build_method
 from models import ARCHITECTURES
 
 from . import options, records
@@ -27,7 +27,7 @@ Key = tuple[str, ...]
 Row = dict[str, str]  # numbers stay text, so that a table of runs says exactly what its folders say
 FLAGS = vars(options.make_parser().parse_args([]))
 NAMES = ["dataset", "arch", "method", "seed", "add_name"]
-TRAINING = [name for name in FLAGS if name not in {*NAMES, *settings(), *options.NOT_PART_OF_A_RUN}]
+TRAINING = [name for name in FLAGS if name not in {*NAMES, *all_settings(), *options.NOT_PART_OF_A_RUN}]
 RESULTS = ["final", "spread", "best", "best_epoch"]
 COSTS = ["seconds_per_epoch", "images_per_second", "hours", "peak_memory_gb"]
 HOW = {  # how → what was measured so

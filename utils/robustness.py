@@ -23,7 +23,7 @@ from mixup.saliency import saliency_pass
 SEVERITIES = 5
 # One strength for each severity. Lengths are pixels of an image whose shorter side is 32, and grow with it.
 CORRUPTIONS: dict[str, tuple[float, ...]] = {
-    "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),  # σ, of 1
+    "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),  # σ, for pixels in [0, 1]
     "shot_noise": (500, 250, 100, 75, 50),  # photons that make full brightness
     "impulse_noise": (0.01, 0.02, 0.03, 0.05, 0.07),  # share of values that become black or white
     "gaussian_blur": (0.4, 0.6, 0.7, 0.8, 1.0),  # σ, pixels
@@ -122,13 +122,13 @@ def fgsm(model: nn.Module, pixels: Tensor, labels: Tensor, eps: float) -> Tensor
     Examples", 2015).
 
     Args:
-        model: takes pixels in 0 … 1 and normalises them itself; in the mode (eval) it is in.
-        pixels: [B, C, H, W] in 0 … 1.
+        model: takes pixels in [0, 1] and normalises them itself; in the mode (eval) it is in.
+        pixels: [B, C, H, W], pixels in [0, 1].
         labels: [B] int64, the true ones.
-        eps: largest change of a pixel, of 1.
+        eps: largest change of a pixel in [0, 1].
 
     Returns:
-        [B, C, H, W] in 0 … 1. An image whose gradient is zero everywhere is left as it is.
+        [B, C, H, W], pixels in [0, 1]. An image whose gradient is zero everywhere is left as it is.
     """
     sign, _ = _ascent(model, pixels, labels)
     return (pixels + eps * sign).clamp(0, 1)
@@ -154,11 +154,11 @@ def pgd(
     Args:
         model, pixels, labels, eps: as for ``fgsm``.
         steps, restarts: at least 1.
-        step_size: of 1.
+        step_size: change of a pixel in [0, 1].
         generator: of the starts, on the CPU.
 
     Returns:
-        [B, C, H, W] in 0 … 1, nowhere further than ``eps`` from ``pixels``: the first image found that is
+        [B, C, H, W], pixels in [0, 1], nowhere further than ``eps`` from ``pixels``: the first image found that is
         misclassified, else the last one tried.
     """
     found = pixels.clone()
@@ -205,7 +205,7 @@ def calibration(logits: Tensor, labels: Tensor, bins: int = 15) -> tuple[float, 
         labels: [N] int64.
 
     Returns:
-        (the error in 0 … 1, of each bin its number of images, accuracy and mean confidence; 0, nan, nan of an empty
+        (the error in [0, 1], of each bin its number of images, accuracy and mean confidence; 0, nan, nan of an empty
         one).
     """
     confidence, guess = logits.double().softmax(dim=1).max(dim=1)
