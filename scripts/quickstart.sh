@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv, installs requirements.txt, and trains SAGE on scikit-learn's handwritten digits (real images, no download).
-# Uses an existing environment with PYTHON=/path/to/python. Can be run again and again. Further words go to main.py.
+# Uses an existing environment with PYTHON=/path/to/python. Can be run again and again. Further arguments go to main.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh

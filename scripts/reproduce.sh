@@ -2,10 +2,10 @@
 # $dataset with $labels images a class. Runs share one queue. What one method or architecture alone gets is in SAGE_FLAGS,
 # COMIX_FLAGS, FLAGS_resnext29_4_24.
 [ $# -ge 2 ] || { echo "usage: $0 DATA RUNS [arguments of sweep.sh] [-- flags of main.py]" >&2; exit 2; }
-data=$(realpath -m "$1") runs=$(realpath -m "$2") words=()
+data=$(realpath -m "$1") runs=$(realpath -m "$2") rest=()
 shift 2
-while [ $# -gt 0 ] && [ "$1" != -- ]; do words+=("$1"); shift; done
+while [ $# -gt 0 ] && [ "$1" != -- ]; do rest+=("$1"); shift; done
 [ $# -eq 0 ] || shift
-exec bash "$(dirname "$0")/sweep.sh" --archs "preactresnet18 resnext29_4_24 wrn16_8" --seeds "1 2 3" ${words[@]+"${words[@]}"} -- \
+exec bash "$(dirname "$0")/sweep.sh" --archs "preactresnet18 resnext29_4_24 wrn16_8" --seeds "1 2 3" ${rest[@]+"${rest[@]}"} -- \
   --dataset "$dataset" --data_dir "$data" --root_dir "$runs" --labels_per_class "$labels" --learning_rate 0.2 --momentum 0.9 \
   --decay 0.0001 --epochs 300 --schedule 100 200 --gammas 0.1 0.1 "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's CIFAR-100 table: every method, architecture and seed. Takes the words of sweep.sh, and flags for every run.
+# The paper's CIFAR-100 table: every method, architecture and seed. Takes the arguments of sweep.sh, and flags for every run.
 #
 #   bash scripts/reproduce_cifar100.sh DATA RUNS
 #   bash scripts/reproduce_cifar100.sh DATA RUNS --dry_run --methods "vanilla sage" --seeds 1 -- --fast

@@ -51,7 +51,7 @@ setup() {
   local log
   log=$(mktemp)
   if ! "$PYTHON" -m pip install --disable-pip-version-check --quiet -r "$requirements" >"$log" 2>&1; then
-    fail "could not install $requirements: $(grep -iE 'no space|error' "$log" | tail -n 1) (no network, or no room? all of pip's words: $log)"
+    fail "could not install $requirements: $(grep -iE 'no space|error' "$log" | tail -n 1) (no network, or no room? all of pip's output: $log)"
   fi
   rm -f "$log"
 }

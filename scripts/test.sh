@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv, installs requirements-dev.txt, and runs the whole test suite. Uses an existing environment with
-# PYTHON=/path/to/python. Further words go to pytest, e.g. scripts/test.sh -k sage; -n 8 for as many processes.
+# PYTHON=/path/to/python. Further arguments go to pytest, e.g. scripts/test.sh -k sage; -n 8 for as many processes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
