@@ -158,7 +158,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
 SHORT_OF_MEMORY = """
 import sys
 from pathlib import Path
-from tests.common import ROOT
+from tests.common import limited_memory
 from utils import checkpoint
 from utils.errors import OutOfMemory
 for spare in (0, 96 * 2**20):  # not enough to read it; enough for that, and not for its tensors
