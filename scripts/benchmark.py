@@ -52,7 +52,7 @@ from mixup.search import SHORT_LIST, best_offsets, exact_scores
 from mixup.settings import NORMALISATION
 from models import ARCHITECTURES, build_model
 from models.mixing import MIXING_POINTS
-from utils import records
+from utils import errors, records
 from utils.archive import atomic_write
 from utils.device import prepare, set_precision
 from utils.errors import exit_code
@@ -536,4 +536,4 @@ def plot_search(path: Path, result: dict[str, Any], about: dict[str, Any]) -> No
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    errors.run(main)

@@ -46,7 +46,7 @@ from mixup.saliency import KnownSaliency, fine_grained_saliency
 from mixup.settings import NORMALISATION
 from models import ARCHITECTURES, build_model
 from models.mixing import MIXING_POINTS
-from utils import images
+from utils import errors, images
 from utils.archive import atomic_write
 from utils.checkpoint import PixelNetwork, load_network
 from utils.errors import BadArguments, UserError, exit_code
@@ -408,4 +408,4 @@ def save(figure: Figure, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    errors.run(main)

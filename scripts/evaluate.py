@@ -54,7 +54,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from load_data import Data, Split, split_digest, test_batches
-from utils import checkpoint, options, records
+from utils import checkpoint, errors, options, records
 from utils.archive import atomic_write
 from utils.device import device_name, pick_device, prepare, set_precision
 from utils.errors import BadArguments, UserError, exit_code
@@ -666,4 +666,4 @@ def plot_attacks(job: Job, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    errors.run(main)

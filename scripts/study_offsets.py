@@ -29,7 +29,7 @@ from load_data import Split, test_batches
 from mixup import build_method
 from mixup.base import Method, Mixed
 from mixup.search import best_offsets, every_offset, exact_scores
-from utils import checkpoint, options, results
+from utils import checkpoint, errors, options, results
 from utils.archive import atomic_write
 from utils.device import pick_device, prepare, set_precision
 from utils.errors import BadArguments, UserError, exit_code
@@ -194,4 +194,4 @@ def plot(path: Path, kept: dict[float, Any], shares: dict[float, Any], accuracy:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    errors.run(main)

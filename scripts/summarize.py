@@ -47,6 +47,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mixup import METHODS
+from utils import errors
 from utils.archive import atomic_write
 from utils.errors import BadArguments, UserError, exit_code
 from utils.options import Parser
@@ -554,4 +555,4 @@ def save(figure: Figure, path: Path, left_out: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    errors.run(main)

@@ -286,3 +286,10 @@ def test_a_ninth_method_is_a_file_and_a_line(tmp_path: Path) -> None:
     assert measured["steps"].keys() == {"vanilla", "resizemix"}
     assert pixels(tmp_path / "strips" / "resizemix.png").shape == pixels(tmp_path / "strips" / "cutmix.png").shape
     assert {path.stem for path in (tmp_path / "strips").iterdir()} == {*METHODS, "resizemix"}
+
+
+def test_help_on_a_terminal_without_greek() -> None:
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "scripts/summarize.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

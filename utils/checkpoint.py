@@ -52,8 +52,8 @@ def save_run(run: Run) -> None:
         raise UserError(f"{run.folder} was deleted while the run was writing into it; this run stops") from error
     except OSError as error:
         raise UserError(
-            f"cannot write a checkpoint into {run.folder}: {error.strerror or error}; the one before is "
-            f"untouched. Make room there and give the same command again"
+            f"cannot write a checkpoint into {run.folder}: {error.strerror or error}; those that "
+            f"were there are untouched. Make room there and give the same command again"
         ) from error
     run.best_is_new = False
 
@@ -134,7 +134,10 @@ def read_resume(run: Run, path: str) -> dict[str, Any] | None:
     with well_formed(path):
         there, last = runs.identity_of(state), Progress(**state["progress"]).last_begun
         run.identity = replace(run.identity, origin=there.origin)
-        found = runs.differences(there.until(last), run.identity.until(last))
+        cut = runs.differences(there.until(last), run.identity.until(last))
+        # told as they were given, which is longer than what has been reached
+        whole = {line.split(":")[0]: line for line in runs.differences(there, run.identity)}
+        found = [whole.get(line.split(":")[0], line) for line in cut]
     if found:
         alone = f"torch.save(torch.load({path!r}, weights_only=True)['state_dict'], 'weights.pth')"
         raise BadArguments(

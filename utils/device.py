@@ -23,7 +23,7 @@ def pick_device(ngpu: int) -> tuple[torch.device, str | None]:
     if torch.backends.mps.is_available():
         os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
         return torch.device("mps"), None
-    return torch.device("cpu"), f"--ngpu {ngpu}: no GPU that this PyTorch can use was found; training on the CPU"
+    return torch.device("cpu"), f"--ngpu {ngpu}: no GPU that this PyTorch can use was found; the CPU is used"
 
 
 def device_name(device: torch.device) -> str:

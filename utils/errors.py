@@ -58,6 +58,10 @@ def begin() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if importlib.util.find_spec("torch") is None:
         sys.exit("error: this Python has no PyTorch; enter the environment first: source .venv/bin/activate")
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        sys.exit(f"error: PyTorch cannot be loaded, for want of memory or of one of its files: {error}")
 
 
 def run(program: Callable[[], int]) -> NoReturn:
@@ -100,7 +104,10 @@ def exit_code(parser: ArgumentParser, work: Callable[[], int]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print("error: out of memory: allow more, or make --batch_size or --image_size smaller", file=sys.stderr)
+        print(
+            "error: out of memory: allow more, or make --batch_size, --image_size or --initial_channels smaller",
+            file=sys.stderr,
+        )
     except OSError as error:
         print(f"error: {error.filename or ''} {error.strerror or error}".replace("  ", " "), file=sys.stderr)
     except KeyboardInterrupt as stop:

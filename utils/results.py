@@ -151,7 +151,7 @@ def read_run(folder: Path) -> Row:
     row = {**dict.fromkeys(COLUMNS, ""), "run": folder.name}
     try:
         if not (folder / "config.json").exists():
-            raise ValueError("no config.json: it ended before training began")
+            raise ValueError("no config.json; the command that made the run writes it anew")
         row |= settings_of(records.read_json(folder / "config.json"))
         row |= numbers_of(folder, int(row["start_epoch"]), int(row["epochs"]))
         row |= robustness_of(folder, row)
