@@ -55,6 +55,24 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+def is_dead(world: World, saturated: int) -> bool:
+    """Whether a run is stopped after a step in which one rank's part of the batch leaves no gradient."""
+    torch.manual_seed(0)
+    model, method = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), build_method("vanilla", "cifar10", 10)
+    images, labels = (tensor[world.part(IMAGES)] for tensor in batch(IMAGES))
+    parallel = processes.data_parallel(model, processes.ImageWeight())
+    step = method.step(parallel, images * (1e6 if world.rank == saturated else 1), labels, None)
+    step.loss.backward()
+    run: Any = SimpleNamespace(
+        model=model, device=torch.device("cpu"), method=method, training=Training(), progress=Progress()
+    )
+    try:
+        train.refuse_dead_network(run, step)
+    except UserError:
+        return True
+    return False
+
+
 def sample_data() -> Data:
     generator = torch.Generator().manual_seed(1)
     split = Split(
@@ -84,6 +102,7 @@ def work(rank: int, size: int, folder: str) -> None:
     found["sync_bn_buffers"] = dict(model.named_buffers())
     data = sample_data()
     found["evaluation"] = train.evaluate(network(), data.test, data, torch.device("cpu"), "test", world)
+    found["is_dead"] = is_dead(world, saturated=0)
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     dist.destroy_process_group()
@@ -143,6 +162,12 @@ def test_evaluation_is_equal_to_the_last_bit(ranks: SimpleNamespace) -> None:
     torch.set_num_threads(1)
     data = sample_data()
     assert ranks.evaluation == train.evaluate(network(), data.test, data, torch.device("cpu"), "test")
+
+
+def test_a_rank_without_gradients_goes_on_with_the_others(ranks: SimpleNamespace) -> None:
+    assert is_dead(World(0, ranks.size), saturated=0)  # were it alone with its part of the batch
+    assert not is_dead(World(1, ranks.size), saturated=0)
+    assert not ranks.is_dead
 
 
 # -------------------------------------------------------------------------------------------------------- whole runs
@@ -240,6 +265,36 @@ def test_a_signal_to_one_rank_stops_all_of_them(python: Path, words: list[object
     assert done.code == 0, done.said
     assert "continuing in epoch" in done.said
     assert_same_end(tmp_path / whole.name, whole)
+
+
+def test_a_dead_network_stops_every_rank_with_one_line(python: Path, words: list[object], tmp_path: Path) -> None:
+    """The line is one process's to the last digit; what was saved after the epoch before stays."""
+    program, codes = tmp_path / "die.py", tmp_path / "codes"
+    codes.mkdir()
+    program.write_text(
+        "import os, sys, main\nfrom tests import forked\nforked.saturate(epoch=1)\n"
+        "try:\n    code = main.main(sys.argv[1:])\nexcept SystemExit as stop:\n    code = stop.code\n"
+        f"open({str(codes)!r} + '/' + os.environ.get('RANK', 'alone'), 'w').write(str(code))\nsys.exit(code)\n"
+    )
+    mine = [program, *words, "--method", "vanilla", "--root_dir"]
+    alone = [*mine, tmp_path / "alone", "--checkpoint_minutes", 60]  # a save would find it out before the epoch ends
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *mine, tmp_path / "ranks"]
+    lines = []
+    for command in (alone, ranks):
+        done = finish(spawn(python, *command))
+        assert done.code == 1, done.said
+        lines.append(re.findall("^error: .*", done.said, re.MULTILINE))
+    assert len(lines[0]) == 1
+    assert lines[0][0].startswith(
+        "error: the network is dead in epoch 1: every gradient of the last batch is exactly 0"
+    )
+    assert lines[1] == lines[0]
+    assert {path.name: path.read_text() for path in codes.iterdir()} == {"alone": "1", "0": "1", "1": "1"}
+    (folder,) = (tmp_path / "ranks").iterdir()
+    assert len(rows(folder)) == 1
+    progress = torch.load(folder / "checkpoint.pth.tar", weights_only=True)["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 0)
+    assert weights(folder)["linear.bias"].abs().max() < 10
 
 
 def test_one_command_starts_a_process_for_each_gpu(

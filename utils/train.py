@@ -385,17 +385,19 @@ def not_finite(run: Run, step: int) -> UserError:
 
 def refuse_dead_network(run: Run, last: Step | None) -> None:
     """Stop a network that will never learn again: every gradient of the last batch is exactly 0, on every process, and
-    its loss is above that of equal probabilities, so that it is not a perfect fit."""
+    the batch's loss is above that of equal probabilities, so that it is not a perfect fit."""
     if last is None:
         return
     gradients = (parameter.grad for parameter in run.model.parameters() if parameter.grad is not None)
     if processes.largest(int(any(bool(gradient.any()) for gradient in gradients)), run.device):
         return
-    loss, classes = bce_loss(last.logits, last.mixed.targets).item(), last.logits.shape[1]
-    equal = (math.log(classes) - (classes - 1) * math.log1p(-1 / classes)) / classes
-    if processes.largest(int(loss > equal), run.device):
+    count, classes = last.logits.shape
+    part = bce_loss(last.logits, last.mixed.targets).item(), 1.0
+    total, images = processes.total(count * torch.tensor(part, device=run.device)).tolist()
+    loss, equal = total / images, (math.log(classes) - (classes - 1) * math.log1p(-1 / classes)) / classes
+    if loss > equal:
         epoch = run.progress.epoch
-        raise UserError(
+        raise processes.common_error(
             f"the network is dead in epoch {epoch}: every gradient of the last batch is exactly 0, at a loss of "
             f"{loss:.4g}, where equal probabilities have {equal:.4g} ({run.method.name}, learning rate "
             f"{run.training.rate(epoch):g}). Try a smaller --learning_rate, with an --add_name; the last good "
