@@ -97,16 +97,23 @@ def _child(words: list[str], pipe: Connection, first: Callable[[], None] | None)
 # ------------------------------------------------------------------------------------------ what may be done to a child
 
 
+def each(*firsts: Callable[[], None]) -> None:
+    """Several of these."""
+    for first in firsts:
+        first()
+
+
 def limit_files(size: int) -> None:
     """No file may grow beyond ``size`` bytes: writing fails as on a full disk, without needing one."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def without_pictures() -> None:
-    """Plotting takes most of the time of a small run."""
+    """Plotting takes most of the time of a small run: pictures of mixed images are their titles alone."""
     from utils import pictures
 
-    pictures.plot_curves = pictures.plot_mixed = lambda path, *rest: path.write_bytes(b"")  # type: ignore[assignment]
+    pictures.plot_curves = lambda path, *rest: path.write_bytes(b"")
+    pictures.plot_mixed = lambda path, mixed, images, data, title: path.write_text(title)  # type: ignore[assignment]
 
 
 def saturate(epoch: int = 0) -> None:

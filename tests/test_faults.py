@@ -506,6 +506,40 @@ def test_another_run_is_not_gone_on_with(
     assert not list(tmp_path.glob("new/*/*.tar"))
 
 
+def test_mixed_images_are_of_the_first_epoch_and_the_last(words: list[object], tmp_path: Path) -> None:
+    """Of a run that is stopped in its second epoch and in its last one, and then trained longer."""
+    expected = {"mixed.png": "Vanilla, epoch 0"}
+    first: Callable[[], None] = forked.without_pictures
+
+    def found(root: Path) -> dict[str, str]:
+        return {path.name: path.read_text() for path in root.glob("*/mixed*")}
+
+    mine = [*words, "--root_dir", tmp_path / "three", "--epochs", 3]
+    for call, more in ((6, {}), (4, {"mixed_last.png": "Vanilla, epoch 2"})):
+        stop = partial(forked.send_at, "utils.train:draw", signal.SIGTERM, call=call)
+        assert forked.start(*mine, first=partial(forked.each, first, stop)).end()[0] == 143
+        expected |= more
+        assert found(tmp_path / "three") == expected
+    (folder,) = (tmp_path / "three").iterdir()
+    shutil.copytree(folder, tmp_path / "lost" / folder.name)
+    (tmp_path / "lost" / folder.name / "mixed_last.png").unlink()
+    (folder / "mixed_last.png").write_text("as it was")
+    for root, last in (("three", "as it was"), ("lost", "Vanilla, epoch 2")):
+        assert forked.start(*mine, "--root_dir", tmp_path / root, first=first).end()[0] == 0
+        assert found(tmp_path / root) == {**expected, "mixed_last.png": last}
+
+    resume = ["--resume", folder / checkpoint.LAST, "--root_dir", tmp_path / "five", "--epochs", 5]
+    assert forked.start(*words, *resume, "--add_name", "longer", first=first).end()[0] == 0
+    assert found(tmp_path / "five") == {"mixed.png": "Vanilla, epoch 3", "mixed_last.png": "Vanilla, epoch 4"}
+    assert forked.start(*words, "--root_dir", tmp_path / "one", "--epochs", 1, first=first).end()[0] == 0
+    assert found(tmp_path / "one") == {"mixed.png": "Vanilla, epoch 0"}
+
+
+def test_pictures_change_no_number(words: list[object], tmp_path: Path, whole: Path) -> None:
+    assert forked.start(*words, "--root_dir", tmp_path, first=forked.without_pictures).end()[0] == 0
+    assert_same(tmp_path / whole.name, whole)
+
+
 def test_a_run_is_trained_longer(words: list[object], whole: Path, tmp_path: Path) -> None:
     """As if it had been meant to be that long; the way is named where more epochs are refused."""
     longer = ["--epochs", 3, "--schedule", 1, 2, "--gammas", 0.1, 0.5]

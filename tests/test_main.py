@@ -38,8 +38,8 @@ def test_a_run_leaves_every_record(sage_run: Path) -> None:
     assert sage_run.name.startswith("cifar10_preactresnet18_sage_seed0_")
     assert all(part in sage_run.name for part in ("upper_lambda0.6", "rand_pos0.01", "update_ratio0.7"))
     names = {path.name for path in sage_run.iterdir()}
-    expected = "log.txt metrics.csv config.json result.json curves.png mixed.png checkpoint.pth.tar model_best.pth.tar"
-    assert set(expected.split()) <= names
+    expected = "log.txt metrics.csv config.json result.json curves.png mixed.png mixed_last.png checkpoint.pth.tar"
+    assert {*expected.split(), "model_best.pth.tar"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert not any(name.endswith(".tmp") for name in names)
     assert [row["epoch"] for row in rows(sage_run)] == ["0", "1", "2"]
@@ -50,7 +50,8 @@ def test_a_run_leaves_every_record(sage_run: Path) -> None:
     assert {"torch", "python"} <= config["versions"].keys()
     log = (sage_run / "log.txt").read_text()
     assert log.count("**Train** Prec@1") == log.count("**Test** Prec@1") == 3
-    for picture in ("curves.png", "mixed.png"):
+    for picture in ("curves.png", "mixed.png", "mixed_last.png"):
+        assert str(sage_run / picture) in log
         with Image.open(sage_run / picture) as image:
             assert image.width > 400
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and its first mixed images."""
+"""Pictures of a run: its curves, and mixed images."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def plot_curves(path: Path, rows: Sequence[dict[str, Any]], title: str, schedule
     _save(figure, path)
 
 
-def plot_mixed(path: Path, mixed: Mixed, images: torch.Tensor, data: Any, pairs: int = 6) -> None:
+def plot_mixed(path: Path, mixed: Mixed, images: torch.Tensor, data: Any, title: str, pairs: int = 6) -> None:
     """The first pairs of a batch: both images, both saliency maps, the mask, the mixed image, the target's shares."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
     count = min(pairs, len(images))
@@ -75,23 +75,24 @@ def plot_mixed(path: Path, mixed: Mixed, images: torch.Tensor, data: Any, pairs:
         ("mask (white: a)", maps(mixed.mask), {"cmap": "gray", "vmin": 0, "vmax": 1}),
         ("mixed", pixels(mixed.images), {}),
     ]
-    shown = [(title, content, style) for title, content, style in columns if content is not None]
+    shown = [(name, content, style) for name, content, style in columns if content is not None]
     figure = Figure(figsize=(1.6 * len(shown), 1.85 * count), layout="constrained")
     axes = figure.subplots(count, len(shown), squeeze=False)
-    for column, (title, content, style) in enumerate(shown):
+    for column, (name, content, style) in enumerate(shown):
         for row, picture in enumerate(content):
             axes[row, column].imshow(picture, **style)
             axes[row, column].set_xticks([])
             axes[row, column].set_yticks([])
-        axes[0, column].set_title(title, fontsize=11)
+        axes[0, column].set_title(name, fontsize=11)
     if mixed.targets is not None:
         for row, target in enumerate(mixed.targets[:count].detach().float().cpu()):
             shares = sorted(((float(v), data.classes[k]) for k, v in enumerate(target) if v > 0.005), reverse=True)
-            text = " + ".join(f"{100 * value:.0f} % {name}" for value, name in shares[:3])
+            text = " + ".join(f"{100 * value:.0f} % {label}" for value, label in shares[:3])
             axes[row, -1].set_xlabel(text, fontsize=9, loc="right", parse_math=False)
+    figure.suptitle(title, parse_math=False)
     _save(figure, path)
 
 
 def _save(figure: Figure, path: Path) -> None:
     with atomic_write(path) as file:
-        FigureCanvasAgg(figure).print_png(file, pil_kwargs={"optimize": True})
+        FigureCanvasAgg(figure).print_png(file)

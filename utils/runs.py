@@ -33,6 +33,7 @@ from .processes import ImageWeight, World
 from .records import log
 
 LOCK = ".lock"
+MIXED, MIXED_LAST = "mixed.png", "mixed_last.png"  # pictures of the first epoch's first batch, and the last's
 
 
 @dataclass(frozen=True)
@@ -456,5 +457,6 @@ def write_result(run: Run) -> str:
             "seconds": round(sum(row["seconds"] for row in rows), 1),
         }
         records.write_json(run.folder / "result.json", result)
-        lines += [f"curves: {run.folder / 'curves.png'}", f"mixed images: {run.folder / 'mixed.png'}"]
+        mixed = [str(path) for name in (MIXED, MIXED_LAST) if (path := run.folder / name).exists()]
+        lines += [f"curves: {run.folder / 'curves.png'}", f"mixed images: {', '.join(mixed)}"]
     return "\n".join(lines)

@@ -23,10 +23,9 @@ from .errors import StopSignal, UserError
 from .graph import Captured, Take
 from .processes import World
 from .records import log
-from .runs import Run
+from .runs import MIXED, MIXED_LAST, Run
 
 EVALUATION_BATCH = {"cpu": 250, "mps": 500, "cuda": 1000}  # images of 32×32; fewer of larger ones
-MIXED = "mixed.png"
 AGREE_STEPS = 10  # ranks agree this often on saving and stopping; each time they wait for each other
 BAR_SECONDS = 0.5  # the numbers beside the bar on a terminal are read from the device this often
 CURVES_SECONDS = 20  # plotting takes half a second; refreshed at most this often while running
@@ -105,10 +104,10 @@ def draw(run: Run, number: int, images: Tensor) -> Any:
 
 
 def after_batch(run: Run, meter: Meter, result: Step, images: Tensor) -> bool:
-    """Position, clock, lines and picture; every few steps the processes agree on saving and stopping. Whether a signal
+    """Position, clock, lines and pictures; every few steps the processes agree on saving and stopping. Whether a signal
     came, to any of them."""
     run.progress.step += 1
-    plot_first_batch(run, result, images)
+    plot_mixed_images(run, result, images)
     meter.show(run.count_time())
     if run.world.size > 1 and run.progress.step % AGREE_STEPS:
         return False
@@ -274,11 +273,20 @@ def plot_curves(run: Run) -> None:
         keep_going(partial(pictures.plot_curves, path, run.progress.rows, title, run.training.schedule))
 
 
-def plot_first_batch(run: Run, result: Step, images: Tensor) -> None:
-    """mixed.png of the first batch of this start, where the folder has none."""
+def plot_mixed_images(run: Run, result: Step, images: Tensor) -> None:
+    """mixed.png of the first batch, and mixed_last.png of the last epoch's first one, if that is not the only epoch.
+    What the folder lacks is plotted of the first batch of this start."""
     first, run.is_first_batch = run.is_first_batch, False
-    if first and run.folder is not None and not (run.folder / MIXED).exists():
-        keep_going(partial(pictures.plot_mixed, run.folder / MIXED, result.mixed, images, run.data))
+    if run.folder is None:
+        return
+    epoch = run.progress.epoch
+    is_last = epoch == run.training.epochs - 1 > run.training.start_epoch
+    names = {name for name in (MIXED, *[MIXED_LAST] * is_last) if first and not (run.folder / name).exists()}
+    if is_last and run.progress.step == 1:
+        names.add(MIXED_LAST)  # over one that may be left of a run that was shorter
+    for name in sorted(names):
+        title = f"{run.method.title}, epoch {epoch}"
+        keep_going(partial(pictures.plot_mixed, run.folder / name, result.mixed, images, run.data, title))
 
 
 def keep_going(write: Callable[[], object]) -> None:
