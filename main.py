@@ -94,7 +94,7 @@ def make_run(args: argparse.Namespace, data: Data, device: torch.device, world: 
     model = build_model(args.arch, len(data.classes), data.stride, args.initial_channels, args.dropout)
     if args.sync_bn:
         model = processes.synchronise_batch_norm(model)
-    model = prepare(model, device, args.fast)
+    model = prepare(model, device, args.fast, args.batch_size // world.size)
     optimizer = torch.optim.SGD(
         model.parameters(), args.learning_rate, args.momentum, weight_decay=args.decay, nesterov=args.momentum > 0,
         fused=True if args.fast else None,

@@ -318,7 +318,8 @@ class PartialMixing(Method):
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
     """[B] integer labels to [B, K] float32 rows."""
     # comparison instead of F.one_hot, which reads the largest label back to the host
-    return (labels[:, None] == counting(num_classes, labels.device)).float()
+    rows = torch.empty(len(labels), num_classes, device=labels.device)
+    return torch.eq(labels[:, None], counting(num_classes, labels.device), out=rows)
 
 
 def mixed_targets(labels: Tensor, permutation: Tensor, ratio: Tensor | float, num_classes: int) -> Tensor:

@@ -40,15 +40,6 @@ def blend(images_a: Tensor, images_b: Tensor, a: Tensor, b: Tensor, offsets: Ten
     Raises:
         ValueError: wrong shapes.
     """
-    # an offset that leaves no overlap shows nothing of image b, however far it goes
-    height, width = a.shape[1:]
-    near = torch.stack([offsets[:, 0].clamp(-height, height), offsets[:, 1].clamp(-width, width)], dim=1)
-    mixed, mask = _blend(images_a, images_b, a, b, near)
-    return mixed, mask.mean(dim=(1, 2))
-
-
-def _blend(images_a: Tensor, images_b: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """``blend``, but with the mask M = A/(A + B') [B, H, W] instead of its mean."""
     check_pair(a, b)
     if images_a.ndim != 4 or images_a.shape != images_b.shape or images_a[:, 0].shape != a.shape:
         raise ValueError(
@@ -57,9 +48,18 @@ def _blend(images_a: Tensor, images_b: Tensor, a: Tensor, b: Tensor, offsets: Te
         )
     if offsets.shape != (len(a), 2):
         raise ValueError(f"offsets must be [{len(a)}, 2], not {tuple(offsets.shape)}")
-    pair = moved(torch.cat([b[:, None], images_b], dim=1), offsets[:, None])[:, :, 0]
-    mask = a / (a + pair[:, 0]).clamp(min=1e-16)
-    return torch.lerp(pair[:, 1:], images_a, mask[:, None]), mask
+    # an offset that leaves no overlap shows nothing of image b, however far it goes
+    height, width = a.shape[1:]
+    near = torch.stack([offsets[:, 0].clamp(-height, height), offsets[:, 1].clamp(-width, width)], dim=1)
+    mixed, mask = _blend(images_a, a, torch.cat([b[:, None], images_b], dim=1), near)
+    return mixed, mask.mean(dim=(1, 2))
+
+
+def _blend(images_a: Tensor, a: Tensor, of_b: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mixed images, and the mask M = A/(A + B') [B, H, W]; ``of_b`` [B, 1 + C, H, W] is B in front of the images b."""
+    of_b = moved(of_b, offsets[:, None])[:, :, 0]
+    mask = a / (a + of_b[:, 0]).clamp(min=1e-16)
+    return torch.lerp(of_b[:, 1:], images_a, mask[:, None]), mask
 
 
 def gaussian_blur(maps: Tensor, kernel_size: int, sigma: float) -> Tensor:
@@ -153,17 +153,18 @@ class Sage(Method):
             saliency = ones_where_zero(gaussian_blur(mean_magnitude(gradient), self.kernel_size, self.blur_sigma))
             unit = saliency / saliency.sum(dim=(1, 2), keepdim=True)
             share_a, share_b = _floored(draws.lam), _floored(1 - draws.lam)
-            a, b = share_a * unit, share_b * unit[permutation]
-            partner = images[permutation]
-            mixed, mask = _blend(images, partner, a, b, best_offsets(a, b, draws.candidates))
+            # image b and its maps are looked up, and moved, as channels of one tensor: fewer launches on a GPU
+            of_b = torch.cat([saliency[:, None], unit[:, None], images], dim=1)[permutation]
+            a, b = share_a * unit, of_b[:, 1].mul_(share_b)
+            mixed, mask = _blend(images, a, of_b[:, 1:], best_offsets(a, b, draws.candidates))
             targets = mixed_rows(clean, permutation, mask.mean(dim=(1, 2)))
             return self.mixed(
                 laid_out_as(mixed, images),
                 targets,
                 clean_pass,
                 share=self.update_ratio,
-                partner=partner,
-                saliency=(saliency, saliency[permutation]),
+                partner=of_b[:, 2:],
+                saliency=(saliency, of_b[:, 0]),
                 mask=mask,
             )
 

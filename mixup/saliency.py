@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Clean, channels
+from .base import Clean, channels, counting, kept, to_device
 from .settings import setting
 
 SURROUND_RADII = (12, 24, 48, 28, 56, 112)  # of fine-grained saliency, in pixels
+SURROUND_PIXELS = 1 << 18  # of images whose surroundings are summed at a time
 
 
 def saliency_pass(
@@ -95,9 +96,9 @@ def root_mean_square(gradient: Tensor) -> Tensor:
 
 
 def ones_where_zero(saliency: Tensor) -> Tensor:
-    """Maps [B, H, W] whose sum is 0 (a saturated network) become 1 everywhere, so that they can be normalised."""
-    empty = saliency.sum(dim=(1, 2), keepdim=True) == 0
-    return torch.where(empty, channels((1.0,), saliency.device).to(saliency.dtype), saliency)
+    """Maps [B, H, W] that are 0 everywhere (of a saturated network) become 1, so that they can be normalised."""
+    one = channels((1.0,), saliency.device).to(saliency.dtype)
+    return torch.where(saliency.any(dim=(1, 2), keepdim=True), saliency, one)
 
 
 class KnownSaliency(nn.Module):
@@ -154,27 +155,41 @@ def fine_grained_saliency(images_u8: Tensor) -> Tensor:
     if images_u8.dtype != torch.uint8 or images_u8.ndim != 4 or images_u8.shape[1] != 3 or images_u8.numel() == 0:
         raise ValueError(f"images must be uint8 [B, 3, H, W], got {images_u8.dtype} {tuple(images_u8.shape)}")
     height, width = images_u8.shape[2:]
-    channels = images_u8.int()
-    grey = (3735 * channels[:, 0] + 19235 * channels[:, 1] + 9798 * channels[:, 2] + 16384) >> 15
-    # images last, so that rows and columns are picked in contiguous pieces
+    part = max(1, SURROUND_PIXELS // (height * width))
+    return torch.cat([_fine_grained(images.int()) for images in images_u8.split(part)])
+
+
+def _fine_grained(images: Tensor) -> Tensor:
+    """``fine_grained_saliency`` of images [B, 3, H, W] int32: all six sizes at once, few operations."""
+    height, width = images.shape[2:]
+    grey = (3735 * images[:, 0] + 19235 * images[:, 1] + 9798 * images[:, 2] + 16384) >> 15
+    # images last, so that pixels are picked in contiguous pieces
     grey = _binomial_blur(_binomial_blur(grey)).permute(1, 2, 0).contiguous()
 
     # int32 may wrap around in the integral of a huge image; differences are right all the same
     integral = F.pad(grey, (0, 0, 1, 0, 1, 0)).cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32)
-    on, off = torch.zeros_like(grey, dtype=torch.float32), torch.zeros_like(grey, dtype=torch.float32)
-    rows = torch.arange(1, height + 1, device=grey.device)
-    columns = torch.arange(1, width + 1, device=grey.device)
-    for radius in SURROUND_RADII:
-        top, bottom = (rows - radius).clamp(min=0), (rows + radius).clamp(max=height)
-        left, right = (columns - radius).clamp(min=0), (columns + radius).clamp(max=width)
-        band = integral.index_select(0, bottom).sub_(integral.index_select(0, top))
-        total = band.index_select(1, right).sub_(band.index_select(1, left))
-        area = ((bottom - top)[:, None] * (right - left)).int()[:, :, None]
-        # centre minus surround. Below 2**24 the float is exact, and at these radii no quotient rounds up to an integer
-        difference = (grey * area).sub_(total).float().div_((area - 1).clamp(min=1)).trunc_()
-        on += difference.clamp(min=0)
-        off -= difference.clamp_(max=0)
-    return _rescaled(_rescaled(on) + _rescaled(off)).permute(2, 0, 1).contiguous().to(torch.uint8)
+    corners, area, others = _surroundings(height, width, grey.device)
+    (a, b), (c, d) = integral.flatten(0, 1).index_select(0, corners).view(2, 2, *area.shape[:3], -1)
+    total = (a - b).sub_(c - d)
+    # centre minus surround. Below 2**24 the float is exact, and at these radii no quotient rounds up to an integer
+    difference = (grey * area).sub_(total).float().div_(others).trunc_()
+    above = difference.clamp(min=0).sum(dim=0)  # sums of whole numbers: exact
+    below = above - difference.sum(dim=0)
+    return _rescaled(_rescaled(above) + _rescaled(below)).permute(2, 0, 1).contiguous().to(torch.uint8)
+
+
+@kept
+def _surroundings(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For six sizes of surroundings, clipped by the image: where an integral image [H+1, W+1] has their four corners
+    (bottom right, top right, bottom left, top left), their area and, at least 1, their number of other pixels, both
+    [6, H, W, 1]."""
+    radii = to_device(SURROUND_RADII, device)[:, None]
+    rows, columns = counting(height, device) + 1, counting(width, device) + 1
+    top, bottom = (rows - radii).clamp(min=0)[:, :, None], (rows + radii).clamp(max=height)[:, :, None]
+    left, right = (columns - radii).clamp(min=0)[:, None], (columns + radii).clamp(max=width)[:, None]
+    corners = [y * (width + 1) + x for x in (right, left) for y in (bottom, top)]
+    area = ((bottom - top) * (right - left))[..., None].int()
+    return torch.stack(corners).flatten(), area, (area - 1).clamp(min=1).float()
 
 
 def _binomial_blur(grey: Tensor) -> Tensor:

@@ -108,17 +108,17 @@ def approximate_scores(a: Tensor, b: Tensor) -> Tensor:
     exponents, half_log_weights = _quadrature(a.device, a.dtype)
     # a correlation is a convolution with the map turned round; its place (0, 0) is then the first offset
     pair = torch.stack([a, b.flip(1, 2)])
-    rms = pair.square().sum(dim=0).mean(dim=(1, 2), keepdim=True).clamp(min=1e-30).sqrt()
+    rms = torch.linalg.vector_norm(pair, dim=(0, 2, 3))[:, None, None].clamp(min=1e-15) / math.sqrt(height * width)
     pair_bytes = 2 * len(EXPONENTS) * size[0] * (size[1] // 2 + 1) * 2 * a.element_size()
     part = max(1, SPECTRUM_BYTES[_kind(a)] // pair_bytes)
     pair = pair / rms
     shared = []
     for maps in pair[:, :, None].split(part, dim=1):
-        weighted = (half_log_weights - exponents * maps).exp_().mul_(maps)
+        weighted = torch.addcmul(half_log_weights, exponents, maps, value=-1).exp_().mul_(maps)
         spectra = torch.fft.rfft2(weighted, s=size)
         shared.append(torch.fft.irfft2(spectra[0].mul_(spectra[1]).sum(dim=1), s=size)[:, :rows, :columns])
     gain = _mass_in_frame(pair[1]).sub_(shared[0] if len(shared) == 1 else torch.cat(shared), alpha=2)
-    return (a.sum(dim=(1, 2), keepdim=True) + rms * gain).flatten(1)
+    return torch.addcmul(a.sum(dim=(1, 2), keepdim=True), rms, gain).flatten(1)
 
 
 def _best_of(a: Tensor, b: Tensor, candidates: Tensor, approximate: Tensor) -> Tensor:
@@ -128,8 +128,9 @@ def _best_of(a: Tensor, b: Tensor, candidates: Tensor, approximate: Tensor) -> T
     tied = approximate >= leaders.values[:, :1] * (1 - 1e-6)
     first = tied.max(dim=1, keepdim=True).indices
     index = torch.cat([leaders.indices, first], dim=1).sort(dim=1).values
-    best = exact_scores(a, b, candidates[index]).argmax(dim=1, keepdim=True)
-    return candidates[index.gather(1, best)[:, 0]]
+    offsets = candidates[index]
+    best = exact_scores(a, b, offsets).argmax(dim=1)
+    return offsets.gather(1, best[:, None, None].expand(-1, -1, 2))[:, 0]
 
 
 def _mass_in_frame(turned: Tensor) -> Tensor:
@@ -192,8 +193,8 @@ def moved(maps: Tensor, offsets: Tensor) -> Tensor:
     """Content of ``maps`` [B, C, H, W] moved by each of ``offsets`` [B, R, 2], |dy| ≤ H, |dx| ≤ W, zeros entering:
     [B, C, R, H, W]."""
     height, width = maps.shape[2:]
-    rows, columns = _sources(height, width + 1, maps.device), _sources(width, 1, maps.device)
-    index = rows[offsets[:, :, 0]][:, :, :, None] + columns[offsets[:, :, 1]][:, :, None]
+    rows, columns = _sources(height, width, maps.device)[counting(2, maps.device), offsets].unbind(dim=2)
+    index = rows[:, :, :height, None] + columns[:, :, None, :width]
     # what lies outside is read from a row and a column of zeros behind the last
     source = F.pad(maps, (0, 1, 0, 1)).flatten(2)
     found = source.gather(2, index.flatten(1)[:, None].expand(-1, maps.shape[1], -1))
@@ -201,13 +202,22 @@ def moved(maps: Tensor, offsets: Tensor) -> Tensor:
 
 
 @kept
-def _sources(length: int, stride: int, device: torch.device) -> Tensor:
-    """[2·length + 1, length]: row d, counted from the end where d < 0, says where the pixels of an axis come from when
-    its content moves by d, in units of ``stride``; ``length`` where they come from outside."""
+def _sources(height: int, width: int, device: torch.device) -> Tensor:
+    """[2, 2L + 1, L] for the longer axis L: where rows and where columns come from when content moves.
+
+    Row d, counted from the end where d < 0, is for a move by d: positions in a map with one more row and column, which
+    together with the other axis's add up to an index; ``height`` and ``width`` where they come from outside.
+    """
+    length = max(height, width)
     place = counting(length, device)
     shift = torch.cat([counting(length + 1, device), place - length])
     source = place - shift[:, None]
-    return source.masked_fill((source < 0) | (source >= length), length) * stride
+    return torch.stack(
+        [
+            source.masked_fill((source < 0) | (source >= size), size) * stride
+            for size, stride in ((height, width + 1), (width, 1))
+        ]
+    )
 
 
 def check_pair(a: Tensor, b: Tensor) -> None:

@@ -130,7 +130,7 @@ def simulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e12, 1e12))
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *rest: True)
-    monkeypatch.setattr(torch, "compile", lambda forward: forward)
+    monkeypatch.setattr(torch, "compile", lambda forward, **how: forward)
     monkeypatch.setattr("main.build_model", small_network)
     monkeypatch.setattr(nn.Module, "to", lambda module, *given, **how: module)
     with FakeTensorMode():
@@ -185,19 +185,19 @@ SAGE_FEW = {"rand_pos": 0.01, "update_ratio": 0.7}
 # method, settings, draws; copies down, each of which waits, and copies up, which do not; launches of draw, mix and loss
 # outside the network's passes, at most
 TABLE: list[tuple[str, dict[str, Any], dict[str, Any], tuple[int, int], int]] = [
-    ("vanilla", {}, {}, (0, 0), 12),
-    ("input", {}, {}, (0, 1), 19),
-    ("manifold", {}, {}, (0, 1), 17),
-    ("cutmix", {}, {}, (0, 1), 30),
-    ("cutmix", {"prob_mix": 0.5}, {}, (0, 1), 32),
-    ("saliencymix", {}, {}, (0, 1), 277),
-    ("sage", SAGE_ALL, {}, (0, 1), 101),  # 90 before the loss of the mixed images
-    ("sage", SAGE_FEW, {}, (0, 2), 68),  # 57
-    ("puzzle", {}, {"num_blocks": 4}, (1, 2), 166),
-    ("puzzle", {}, {"num_blocks": 16}, (1, 2), 229),
-    ("puzzle", {"prob_mix": 0.5, "clean_lam": 1.0, "adv_p": 1.0}, {"num_blocks": 4}, (1, 3), 200),
-    ("comix", {}, {}, (1, 1), 74),
-    ("comix", {"m_part": 30}, {}, (2, 1), 104),  # a smaller part crosses by itself
+    ("vanilla", {}, {}, (0, 0), 11),
+    ("input", {}, {}, (0, 1), 18),
+    ("manifold", {}, {}, (0, 1), 16),
+    ("cutmix", {}, {}, (0, 1), 29),
+    ("cutmix", {"prob_mix": 0.5}, {}, (0, 1), 31),
+    ("saliencymix", {}, {}, (0, 1), 112),
+    ("sage", SAGE_ALL, {}, (0, 1), 90),
+    ("sage", SAGE_FEW, {}, (0, 2), 62),
+    ("puzzle", {}, {"num_blocks": 4}, (1, 2), 162),
+    ("puzzle", {}, {"num_blocks": 16}, (1, 2), 225),
+    ("puzzle", {"prob_mix": 0.5, "clean_lam": 1.0, "adv_p": 1.0}, {"num_blocks": 4}, (1, 3), 193),
+    ("comix", {}, {}, (1, 1), 72),
+    ("comix", {"m_part": 30}, {}, (2, 1), 102),  # a smaller part crosses by itself
 ]
 
 
@@ -213,16 +213,6 @@ def test_what_a_step_copies_waits_for_and_launches(
 
 def test_every_method_is_in_the_table() -> None:
     assert {row[0] for row in TABLE} == set(METHODS)
-
-
-@pytest.mark.parametrize(("settings", "most"), [(SAGE_ALL, 90), (SAGE_FEW, 60)])
-def test_what_sage_launches_to_mix(settings: Any, most: int, simulation: Any) -> None:
-    method, watch, (images, labels) = build_method("sage", "cifar10", 10, **settings), Watch(), batch()
-    model = Unseen(small_network(), watch)
-    method.mix(model, images, labels, drawn(method))
-    with watch:
-        method.mix(model, images, labels, drawn(method, seed=1))
-    assert len(watch.launches) <= most
 
 
 RECORDED = [("vanilla", {}), ("input", {}), ("sage", SAGE_ALL), ("sage", SAGE_FEW), ("sage", {"rand_pos": 0.5})]

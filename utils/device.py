@@ -8,10 +8,12 @@ import platform
 import resource
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def pick_device(ngpu: int) -> tuple[torch.device, str | None]:
@@ -46,11 +48,11 @@ def set_precision(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def prepare(model: nn.Module, device: torch.device, fast: bool) -> nn.Module:
+def prepare(model: nn.Module, device: torch.device, fast: bool, batch: int | None = None) -> nn.Module:
     """The model on its device, in the layout that is quickest there.
 
     With ``fast``, its forward runs in bfloat16 autocast (compiled on CUDA): the same network, cheaper. Weights, loss,
-    saliency, search and blend stay float32.
+    saliency, search and blend stay float32. ``batch`` is the usual number of images of a training step.
     """
     if device.type == "cpu":
         keep_freed_memory()
@@ -60,9 +62,21 @@ def prepare(model: nn.Module, device: torch.device, fast: bool) -> nn.Module:
     if not narrow if device.type == "cpu" else fast:
         model = model.to(memory_format=torch.channels_last)
     if fast:
-        forward = torch.compile(model.forward) if device.type == "cuda" else model.forward
+        forward = compiled(model.forward, batch) if device.type == "cuda" else model.forward
         model.forward = torch.autocast(device.type, dtype=torch.bfloat16)(forward)
     return model
+
+
+def compiled(forward: Callable[..., Tensor], batch: int | None = None, **how: Any) -> Callable[..., Tensor]:
+    """``forward(x, *hook)`` of a network under ``torch.compile(**how)``, which compiles a function anew eight times and
+    then leaves it as it is without a word. Each place where activations are mixed needs a graph for each size of
+    ``x``; so a pass that mixes them and is not of ``batch`` images, the last one of an epoch, is not compiled."""
+    quick = torch.compile(forward, **how)
+
+    def chosen(x: Tensor, *hook: Any) -> Tensor:
+        return (forward if hook and batch not in (None, len(x)) else quick)(x, *hook)
+
+    return chosen
 
 
 def keep_freed_memory() -> None:
