@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -108,3 +108,15 @@ def test_draws_become_tensors() -> None:
     assert draws.lam.dtype == torch.float32
     assert draws.permutation.dtype == torch.int64
     assert draws.candidates is None
+
+
+def test_draws_may_be_a_named_tuple() -> None:
+    class Draws(NamedTuple):
+        lam: float
+        permutation: np.ndarray
+        candidates: None = None
+
+    moved = as_tensors(Draws(0.25, np.array([1, 0])), CPU)
+    assert moved.candidates is None
+    assert torch.equal(moved.lam, torch.tensor(0.25))
+    assert torch.equal(moved.permutation, torch.tensor([1, 0]))

@@ -81,4 +81,5 @@ def as_tensors(draws: Any, device: torch.device) -> SimpleNamespace:
         tensor = torch.as_tensor(value)
         return to_device(tensor.float() if tensor.is_floating_point() else tensor, device)
 
-    return SimpleNamespace(**{name: v if v is None else moved(v) for name, v in vars(draws).items()})
+    values = draws._asdict() if hasattr(draws, "_asdict") else vars(draws)  # a NamedTuple, or a dataclass
+    return SimpleNamespace(**{name: v if v is None else moved(v) for name, v in values.items()})
