@@ -13,6 +13,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [ $# -eq 2 ] || { echo "usage: bash scripts/gpu_check.sh DATA OUT" >&2; exit 2; }
+minutes=${MINUTES:-9}
+[[ $minutes =~ ^[1-9][0-9]{0,3}$ ]] || { echo "error: MINUTES=$minutes is not a whole number from 1 to 9999" >&2; exit 2; }
 [ -d "$1" ] || { echo "error: there is no folder $1 with CIFAR-10" >&2; exit 2; }
 mkdir -p "$2" || exit 1
 rm -f "$2"/{default,fast}.{csv,json,log} "$2"/steps{,_fast}.{json,log} "$2"/search.{json,log} "$2/tests.log"
@@ -22,7 +24,7 @@ parts=${PARTS:-benchmark tests train} device=${DEVICE:-cuda}
 small_steps=() small_search=() small_run=()
 [ "$device" = cuda ] || small_steps=(--initial_channels 8 --repeats 1) small_search=(--search_sizes 16 32 --repeats 1) \
   small_run=(--initial_channels 8 --labels_per_class 50)
-deadline=$((SECONDS + 60 * ${MINUTES:-9} - 15))
+deadline=$((SECONDS + 60 * minutes - 15))
 runs=$(mktemp -d) failed=0
 trap 'rm -rf "$runs"' EXIT
 export TORCHINDUCTOR_CACHE_DIR=$runs/compiled  # what one part compiles, the next finds
@@ -65,7 +67,7 @@ if [[ " $parts " == *" benchmark "* ]]; then
 fi
 
 if [[ " $parts " == *" tests "* ]]; then
-  within $((${MINUTES:-9} * 20)) "$python" -m pytest -o addopts= tests/test_graph.py tests/test_devices.py -v -rfE >"$out/tests.log" 2>&1 ||
+  within $((minutes * 20)) "$python" -m pytest -o addopts= tests/test_graph.py tests/test_devices.py -v -rfE >"$out/tests.log" 2>&1 ||
     { [ $? -ne 124 ] || note "- the tests were stopped by the time limit"; failed=1; grep -E "(^(FAILED|ERROR)| (FAILED|ERROR) +\[)" "$out/tests.log" | sed 's/^/- /' | tee -a "$out/report.md"; }
   note "Tests of test_devices.py and test_graph.py: $(tail -n 1 "$out/tests.log")"
 fi

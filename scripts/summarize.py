@@ -51,6 +51,7 @@ from utils import errors
 from utils.archive import atomic_write
 from utils.errors import BadArguments, UserError, exit_code
 from utils.options import Parser
+from utils.pictures import whole_numbers
 from utils.results import (
     FLAGS,
     HOW,
@@ -338,7 +339,7 @@ def described(groups: Sequence[Group]) -> Iterator[str]:
     told: dict[str, dict[str, list[str]]] = {}  # who → settings → columns
     for group in groups:
         row = group.runs[0]
-        training = [f"{n} {row[n]}" for n in TRAINING if row[n] != text_of(FLAGS[n]) or n == "epochs"]
+        training = [f"{n} {row[n]}" for n in TRAINING if row[n] and (row[n] != text_of(FLAGS[n]) or n == "epochs")]
         told.setdefault("All", {}).setdefault(", ".join(training), []).append(group.column)
         told.setdefault(group.label, {}).setdefault(", ".join(words(key_of(row, ROW))), []).append(group.column)
     for who, settings in told.items():
@@ -435,6 +436,8 @@ def plot_curves(rows: Sequence[Row], path: Path) -> None:
     are not finished as thin lines."""
     groups, left_out = pictured([*grouped(rows)[0], *grouped(rows, "unfinished")[0]])
     figure, panels = make_panels(groups, "epoch", "test accuracy [%]")
+    for panel in panels.values():
+        panel.xaxis.set_major_locator(whole_numbers())
     styles = variants(groups)
     insets: dict[str, Any] = {}
     for group in groups:
@@ -453,6 +456,7 @@ def plot_curves(rows: Sequence[Row], path: Path) -> None:
                 if group.column not in insets:
                     insets[group.column] = panel.inset_axes((0.5, 0.1, 0.48, 0.48))
                     insets[group.column].tick_params(labelsize=8)
+                    insets[group.column].xaxis.set_major_locator(whole_numbers())
                     insets[group.column].grid(alpha=0.25)
                 insets[group.column].plot(epochs[last], curve[last], **line)
             if done and len(curves) > 1:

@@ -445,8 +445,16 @@ def test_damaged_files_of_a_finished_run(words: list[object], tmp_path: Path, wh
     damage(folder / name)
     said = finish(*words, "--root_dir", tmp_path)
     assert ("is finished" in said) == (name != "result.json")
+    assert said.count("is damaged") == (name != checkpoint.LAST)
     if name != checkpoint.LAST:
         assert_same(folder, whole)
+
+
+def test_a_folder_in_place_of_a_result_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    path.mkdir()
+    assert runs.read(path, "summary") is None
+    assert capsys.readouterr().err == f"warning: {path} is damaged (it is not a file); it is written anew\n"
 
 
 def test_without_its_config_a_run_still_knows_its_settings(words: list[object], stopped: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from mixup.base import Mixed, bce_loss
-from utils import pictures
+from utils import pictures, records
 
 
 @pytest.fixture
@@ -20,6 +20,24 @@ def plotted(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     figures: list[Figure] = []
     monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure))
     return figures
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 7, 300])
+@pytest.mark.parametrize("mixes", [True, False])
+def test_curves_have_ticks_at_whole_epochs_and_name_what_was_trained_on(
+    plotted: list[Figure], epochs: int, mixes: bool
+) -> None:
+    rows = [{**dict.fromkeys(records.COLUMNS, 1.0), "epoch": epoch, "valid_top1": None} for epoch in range(epochs)]
+    pictures.plot_curves(Path("curves.png"), rows, "SAGE", [1], mixes)
+    (figure,) = plotted
+    for panel in figure.axes:
+        low, high = panel.get_xlim()
+        ticks = [tick for tick in panel.get_xticks() if low <= tick <= high]
+        assert ticks
+        assert all(tick == round(tick) for tick in ticks)
+    legend = figure.axes[1].get_legend()
+    assert legend is not None
+    assert legend.get_texts()[0].get_text() == ("train (mixed images)" if mixes else "train")
 
 
 def test_mixed_images_have_a_title_names_of_columns_and_targets(plotted: list[Figure]) -> None:

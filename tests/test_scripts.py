@@ -1,4 +1,4 @@
-"""scripts/compare.py, benchmark.py and study_offsets.py at tiny sizes."""
+"""scripts/compare.py, benchmark.py, study_offsets.py and gpu_check.sh at tiny sizes."""
 
 from __future__ import annotations
 
@@ -293,3 +293,14 @@ def test_help_on_a_terminal_without_greek() -> None:
     command = [sys.executable, "scripts/summarize.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("minutes", ["half", "2.5", "0", "-3", "09", "9 9", "123456"])
+def test_gpu_check_takes_whole_minutes(tmp_path: Path, minutes: str) -> None:
+    done = subprocess.run(
+        ["bash", "scripts/gpu_check.sh", tmp_path, tmp_path / "out"],
+        cwd=ROOT, env={**ENVIRONMENT, "MINUTES": minutes}, capture_output=True, text=True, timeout=20,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: MINUTES={minutes} is not a whole number from 1 to 9999\n"
+    assert not (tmp_path / "out").exists()

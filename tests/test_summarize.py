@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from matplotlib.figure import Figure
 
 from mixup import METHODS
 from scripts import summarize
@@ -607,6 +608,22 @@ def test_texts_are_refreshed(runs: Path, tmp_path: Path) -> None:
     assert "All: labels_per_class 500" in first
     assert summarize.main(["--refresh", str(text)]) == 0
     assert text.read_text() == first
+
+
+def test_settings_without_a_value_are_left_out(tmp_path: Path) -> None:
+    make_run(tmp_path, "vanilla", 1, labels_per_class=None)
+    assert "\nAll: initial_channels 16, epochs 4, learning_rate 0.2, schedule 2 3.\n" in shown(tmp_path)
+
+
+@pytest.mark.parametrize("epochs", [1, 4, 21])
+def test_curves_have_ticks_at_whole_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(summarize, "save", lambda figure, path, left_out: figures.append(figure))
+    make_run(tmp_path, "vanilla", 1, done=epochs, epochs=epochs)
+    summarize.plot_curves(read_roots([tmp_path]), tmp_path / "curves")
+    (panel,) = figures[0].axes
+    for axes in (panel, *panel.child_axes):
+        assert all(tick == round(tick) for tick in axes.get_xticks())
 
 
 @pytest.mark.parametrize("name", ["RESULTS.md", "README.md"])

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mixup.base import Mixed
 
@@ -17,8 +18,11 @@ from .archive import atomic_write
 from .records import best_row
 
 
-def plot_curves(path: Path, rows: Sequence[dict[str, Any]], title: str, schedule: Sequence[int]) -> None:
-    """Loss and accuracy against the epoch, with the epochs at which the learning rate changes."""
+def plot_curves(
+    path: Path, rows: Sequence[dict[str, Any]], title: str, schedule: Sequence[int], mixes: bool = True
+) -> None:
+    """Loss and accuracy against the epoch, with the epochs at which the learning rate changes. ``mixes``: whether the
+    method mixes the training images."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     epochs = [row["epoch"] for row in rows]
     marker = "o" if len(rows) < 3 else None
@@ -32,11 +36,12 @@ def plot_curves(path: Path, rows: Sequence[dict[str, Any]], title: str, schedule
         for name, colour, style in series:
             values = [row[f"{name}_{quantity}"] for row in rows]
             if values[-1] is not None:
-                label = f"{name} (mixed images)" if name == "train" else name
+                label = "train (mixed images)" if name == "train" and mixes else name
                 panel.plot(epochs, values, style, color=colour, label=label, linewidth=1.6, marker=marker)
         for milestone in schedule:
             if milestone <= epochs[-1]:
                 panel.axvline(milestone, color="0.75", linewidth=1, zorder=0)
+        panel.xaxis.set_major_locator(whole_numbers())
         panel.set_xlabel("epoch (grey lines: the learning rate changes)")
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
@@ -51,6 +56,11 @@ def plot_curves(path: Path, rows: Sequence[dict[str, Any]], title: str, schedule
     figure.suptitle(title, parse_math=False)
     panels[1].legend(frameon=False)
     _save(figure, path)
+
+
+def whole_numbers() -> MaxNLocator:
+    """Ticks of an axis of epochs, of which there may be one alone."""
+    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
 
 
 def plot_mixed(path: Path, mixed: Mixed, images: torch.Tensor, data: Any, title: str, pairs: int = 6) -> None:

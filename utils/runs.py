@@ -390,7 +390,8 @@ def read(path: Path, key: str) -> Any:
     try:
         return records.read_json(path)[key]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        warn(f"{path} is damaged ({error}); it is written anew")
+        reason = f"{error}".replace(f"{path} is", "it is")
+        warn(f"{path} is damaged ({reason}); it is written anew")
         return None
 
 
@@ -406,8 +407,12 @@ def read_identity(folder: Path) -> Identity | None:
 
 
 def write_missing_config(run: Run, arguments: dict[str, Any]) -> None:
-    """config.json of a finished run that has lost it."""
-    if run.folder is not None and read_identity(run.folder) is None:
+    """config.json of a finished run that has lost it, or whose is damaged, which ``read_identity`` has said."""
+    if run.folder is None:
+        return
+    try:
+        identity_of(records.read_json(run.folder / "config.json"))
+    except (OSError, ValueError, AttributeError, RecursionError):
         write_config(run, arguments)
 
 

@@ -269,8 +269,8 @@ class Records:
 def plot_curves(run: Run) -> None:
     """curves.png of the epochs so far."""
     if run.folder is not None and run.progress.rows:
-        title, path = run.folder.name, run.folder / "curves.png"
-        keep_going(partial(pictures.plot_curves, path, run.progress.rows, title, run.training.schedule))
+        title, path, mixes = run.folder.name, run.folder / "curves.png", run.method.name != "vanilla"
+        keep_going(partial(pictures.plot_curves, path, run.progress.rows, title, run.training.schedule, mixes))
 
 
 def plot_mixed_images(run: Run, result: Step, images: Tensor) -> None:
