@@ -372,7 +372,7 @@ def write_summary(rows: list[Row], out: Path) -> None:
     write_table(out / "runs.csv", rows)
     if any(row["curve"] for row in rows):
         plot_curves(rows, out / "curves")
-    if any(row["state"] == "finished" for row in rows):
+    if any(row["state"] == "finished" and row["seconds_per_epoch"] for row in rows):
         plot_cost(rows, out / "cost")
     print(text)
     print(*sorted(path for path in out.iterdir() if path.stem in WRITTEN), sep="\n")
@@ -471,7 +471,7 @@ def plot_curves(rows: Sequence[Row], path: Path) -> None:
 
 def plot_cost(rows: Sequence[Row], path: Path) -> None:
     """Final accuracy against the seconds of an epoch, over vanilla's where all can be compared with it."""
-    groups, left_out = pictured(grouped(rows)[0])
+    groups, left_out = pictured([group for group in grouped(rows)[0] if group.values("seconds_per_epoch")])
     relative = {id(group): relative_cost(group, groups) for group in groups}
     against_vanilla = not any(map(math.isnan, relative.values()))
     label = "time of an epoch, vanilla = 1" if against_vanilla else "time of an epoch [s]"

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import errno
 import json
+import math
 import os
 import re
 import statistics
@@ -22,7 +23,7 @@ from scripts import summarize
 from tests.common import ENVIRONMENT, ROOT, SAGE, SMALL, main
 from utils import records
 from utils.errors import UserError
-from utils.results import ROBUSTNESS, grouped, read_roots, write_table
+from utils.results import ROBUSTNESS, TIMES, grouped, read_roots, relative_cost, write_table
 
 SETTINGS = {
     "dataset": "cifar10", "labels_per_class": 500, "arch": "preactresnet18", "initial_channels": 16, "epochs": 4,
@@ -539,6 +540,26 @@ def test_tables_that_were_edited_are_refused(
     write_table(tmp_path / "runs.csv", [row | values])
     assert summarize.main([str(tmp_path / "runs.csv"), "--out", str(tmp_path / "out")]) == 1
     assert "line 2, is no run" in capsys.readouterr().err
+
+
+def test_a_table_may_leave_out_times(tmp_path: Path) -> None:
+    for method in ("vanilla", "cutmix"):
+        make_run(tmp_path / "runs", method, 1)
+    vanilla, cutmix = read_roots([tmp_path / "runs"])
+    write_table(tmp_path / "runs.csv", [vanilla, cutmix | dict.fromkeys(TIMES, "")])
+    assert summarize.main([str(tmp_path / "runs.csv"), "--out", str(tmp_path / "out")]) == 0
+    lines = (tmp_path / "out" / "summary.md").read_text().splitlines()
+    costs = {cells[1]: cells[5:9] for line in lines if len(cells := [c.strip() for c in line.split("|")]) > 10}
+    assert costs["CutMix"] == ["–"] * 4
+    assert "–" not in costs["Vanilla"]
+    groups, _ = grouped([vanilla | dict.fromkeys(TIMES, ""), cutmix])
+    assert all(math.isnan(relative_cost(group, groups)) for group in groups)
+    assert (tmp_path / "out" / "cost.png").exists()
+    write_table(tmp_path / "runs.csv", [cutmix | dict.fromkeys(TIMES, "")])
+    assert summarize.main([str(tmp_path / "runs.csv"), "--out", str(tmp_path / "none")]) == 0
+    assert not (tmp_path / "none" / "cost.png").exists()
+    write_table(tmp_path / "runs.csv", [cutmix | {"hours": ""}])  # one of them alone
+    assert summarize.main([str(tmp_path / "runs.csv"), "--out", str(tmp_path / "out")]) == 1
 
 
 def test_tables_of_a_spreadsheet_are_read(tmp_path: Path) -> None:

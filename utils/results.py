@@ -29,7 +29,8 @@ FLAGS = vars(options.make_parser().parse_args([]))
 NAMES = ["dataset", "arch", "method", "seed", "add_name"]
 TRAINING = [name for name in FLAGS if name not in {*NAMES, *all_settings(), *options.NOT_PART_OF_A_RUN}]
 RESULTS = ["final", "spread", "best", "best_epoch"]
-COSTS = ["seconds_per_epoch", "images_per_second", "hours", "peak_memory_gb"]
+TIMES = ["seconds_per_epoch", "images_per_second", "hours"]
+COSTS = [*TIMES, "peak_memory_gb"]
 HOW = {  # how → what was measured so
     "clean": ["clean_top1"],
     "corruptions": ["corruption_error"],
@@ -284,7 +285,9 @@ def check(row: Row) -> None:
     if row["state"] not in ("finished", "unfinished") or row["method"] not in METHODS:
         raise ValueError(f"state {row['state']!r}, method {row['method']!r}")
     finished = row["state"] == "finished"
-    needed = ["seed", "epochs", "start_epoch", "epochs_done", *([*RESULTS, *COSTS] if finished else [])]
+    timed = any(row[name] for name in TIMES)  # a table may leave them out, if the machine did other work as well
+    needed = ["seed", "epochs", "start_epoch", "epochs_done"]
+    needed += [*RESULTS, *(COSTS if timed else {*COSTS} - {*TIMES})] if finished else []
     texts = [row[name] for name in [*RESULTS, *COSTS, *ROBUSTNESS] if row[name]] + row["curve"].split()
     shifts = shifts_of([row])
     texts += [row.get(name, "") for names in shifts.values() for name in names]
@@ -297,7 +300,8 @@ def check(row: Row) -> None:
     done, whole = int(row["epochs_done"]), int(row["epochs"]) - int(row["start_epoch"])
     if len(row["curve"].split()) != done or (finished and done != whole):
         raise ValueError(f"{len(row['curve'].split())} accuracies of {done} epochs, where {whole} make the run")
-    if not re.match(r"\d{4}-\d\d-\d\d", row["date"]) or (finished and not float(row["seconds_per_epoch"]) > 0):
+    no_time = finished and timed and not float(row["seconds_per_epoch"]) > 0
+    if not re.match(r"\d{4}-\d\d-\d\d", row["date"]) or no_time:
         raise ValueError(f"date {row['date']!r}, {row['seconds_per_epoch']} s an epoch")
 
 
@@ -410,10 +414,12 @@ def comparable(rows: Sequence[Row]) -> list[Row]:
 
 
 def relative_cost(group: Group, groups: Sequence[Group]) -> float:
-    """Seconds an epoch over vanilla's in the same column; not a number where that ran on another device."""
+    """Seconds an epoch over vanilla's in the same column; not a number where they were not measured, or that ran on
+    another device."""
     for other in groups:
         if (other.column, other.label) == (group.column, METHODS["vanilla"].title):
-            ours, vanillas = (statistics.mean(of.values("seconds_per_epoch")) for of in (group, other))
+            ours, vanillas = (of.values("seconds_per_epoch") for of in (group, other))
             same_device = {row["device"] for row in other.runs} == {row["device"] for row in group.runs}
-            return ours / vanillas if same_device else math.nan
+            if same_device and ours and vanillas:
+                return statistics.mean(ours) / statistics.mean(vanillas)
     return math.nan
