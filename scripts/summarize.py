@@ -77,7 +77,12 @@ from utils.tables import Table, latex, markdown
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#8C6D1F", "#0072B2", "#CC79A7", "#D55E00"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*", "h", "p", "<", ">", "d"]
 PANELS, LINES = 9, 24  # columns and rows of the tables that a picture holds
-COSTS = {"seconds_per_epoch": "s/epoch", "images_per_second": "images/s", "hours": "hours", "peak_memory_gb": "GB"}
+COSTS = {  # title and digits; “× vanilla” stands behind the first
+    "seconds_per_epoch": ("s/epoch", 1),
+    "images_per_second": ("images/s", 0),
+    "hours": ("hours", 2),
+    "peak_memory_gb": ("GB", 1),
+}
 ROBUSTNESS = {
     "clean_top1": "clean",
     "corruption_error": "corr. error",
@@ -284,16 +289,21 @@ def small(p: float) -> str:
 def details(groups: Sequence[Group], caption: str) -> Table:
     """Everything that was measured in one column, a row a method; the caption says how."""
     robust = {name: title for name, title in ROBUSTNESS.items() if any(group.values(name) for group in groups)}
+    found_costs = {name: shown for name, shown in COSTS.items() if any(group.values(name) for group in groups)}
+    timed = "seconds_per_epoch" in found_costs
     rows = []
     for group in groups:
-        costs = [in_words(group.values(name), digits) for name, digits in zip(COSTS, (1, 0, 2, 1), strict=True)]
+        costs = [in_words(group.values(name), digits) for name, (_, digits) in found_costs.items()]
         found = [group.values(name) for name in robust]
         extra = [in_words(numbers, count=len(numbers) < len(group.runs)) for numbers in found]
         accuracy = [in_words(group.values(name)) for name in ("final", "best")]
-        relative = in_words([relative_cost(group, groups)])
-        rows.append([group.label, str(len(group.runs)), *accuracy, costs[0], relative, *costs[1:], *extra])
-    costs = list(COSTS.values())
-    header = ["method", "seeds", "final", "best", costs[0], "× vanilla", *costs[1:], *robust.values()]
+        if timed:
+            costs.insert(1, in_words([relative_cost(group, groups)]))
+        rows.append([group.label, str(len(group.runs)), *accuracy, *costs, *extra])
+    titles = [title for title, _ in found_costs.values()]
+    if timed:
+        titles.insert(1, "× vanilla")
+    header = ["method", "seeds", "final", "best", *titles, *robust.values()]
     labels = [group.label for group in groups]
     places = {"final": 2, "best": 3, **{name: len(header) - len(robust) + i for i, name in enumerate(robust)}}
     bold = {

@@ -558,6 +558,8 @@ def test_a_table_may_leave_out_times(tmp_path: Path) -> None:
     write_table(tmp_path / "runs.csv", [cutmix | dict.fromkeys(TIMES, "")])
     assert summarize.main([str(tmp_path / "runs.csv"), "--out", str(tmp_path / "none")]) == 0
     assert not (tmp_path / "none" / "cost.png").exists()
+    header = "| method | seeds | final | best | GB |"
+    assert header in (tmp_path / "none" / "summary.md").read_text()
     write_table(tmp_path / "runs.csv", [cutmix | {"hours": ""}])  # one of them alone
     assert summarize.main([str(tmp_path / "runs.csv"), "--out", str(tmp_path / "out")]) == 1
 
