@@ -11,12 +11,13 @@ A ROOT is a run's folder, a folder of such folders at any depth, or a runs.csv. 
     summary.csv                          the same numbers, a row for each data set, architecture and method
     differences.csv                      each method against the best and against vanilla, in all that was measured
     runs.csv                             a row for each run: settings, command, measurements, test accuracy by epoch
-    curves.png/.pdf, cost.png/.pdf       accuracy against the epoch, with a band over seeds, and against the cost
+    curves.png/.pdf, cost.png/.pdf       accuracy against the epoch, with a band over seeds, and against the cost; those
+                                         of an earlier call are removed
 
 Runs are averaged if they differ in nothing but the seed. Data set, architecture and what else trains the network make
 columns; the method, its settings and --add_name make rows. Two runs of one seed count once, the one that began first;
 the other is listed, as are runs that are not finished and damaged folders; what --overwrite set aside is skipped.
-Deviations are of the sample (n − 1).
+Deviations are of the sample (n − 1); a number in brackets says how many seeds they are of, where these are not all.
 Seconds an epoch and images/s are medians over a run's epochs.
 
 Differences are paired over common seeds where there are at least 3, else Welch's where both have at least 2; p-values
@@ -93,7 +94,9 @@ ROBUSTNESS = {
     "ece": "ECE",
 }
 VANILLA = METHODS["vanilla"].title
-WRITTEN = ("summary", "runs", "differences", "curves", "cost")
+TABLES = ("summary.md", "summary.tex", "summary.csv", "differences.csv", "runs.csv")
+KINDS = ("png", "pdf")
+PICTURES = [f"{name}.{kind}" for name in ("curves", "cost") for kind in KINDS]
 LOWEST = {"corruption_error", "ece"}  # less is better
 TESTED = {"final": "final", "clean_top1": "clean"}  # differences that have tables; all are in differences.csv
 SECTIONS = ["final", "best", "differences", "details", "settings", "open"]
@@ -186,6 +189,12 @@ def in_words(numbers: Sequence[float], digits: int = 2, count: bool = False) -> 
         return "–"
     deviation = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
     return f"{statistics.mean(numbers):.{digits}f}{deviation}" + f" ({len(numbers)})" * count
+
+
+def of_fewer(group: Group, name: str) -> str:
+    """The number of runs that have a measurement, where these are some but not all."""
+    count = len(group.values(name))
+    return f" ({count})" if 0 < count < len(group.runs) else ""
 
 
 def wide(groups: Sequence[Group], name: str, caption: str) -> Table:
@@ -293,12 +302,14 @@ def details(groups: Sequence[Group], caption: str) -> Table:
     timed = "seconds_per_epoch" in found_costs
     rows = []
     for group in groups:
-        costs = [in_words(group.values(name), digits) for name, (_, digits) in found_costs.items()]
-        found = [group.values(name) for name in robust]
-        extra = [in_words(numbers, count=len(numbers) < len(group.runs)) for numbers in found]
+        costs = [
+            in_words(group.values(name), digits) + of_fewer(group, name) for name, (_, digits) in found_costs.items()
+        ]
+        extra = [in_words(group.values(name)) + of_fewer(group, name) for name in robust]
         accuracy = [in_words(group.values(name)) for name in ("final", "best")]
         if timed:
-            costs.insert(1, in_words([relative_cost(group, groups)]))
+            ratio = relative_cost(group, groups)
+            costs.insert(1, "–" if math.isnan(ratio) else f"{ratio:.2f}{of_fewer(group, 'seconds_per_epoch')}")
         rows.append([group.label, str(len(group.runs)), *accuracy, *costs, *extra])
     titles = [title for title, _ in found_costs.values()]
     if timed:
@@ -332,8 +343,7 @@ def other_sets(groups: Sequence[Group], caption: str) -> Iterator[Table]:
         title = how.removeprefix(SHIFT)
         for name, of in zip(names, (title, "drop", "ECE"), strict=True):
             for row, group in zip(rows, groups, strict=True):
-                numbers = group.values(name)
-                row.append(in_words(numbers, count=len(numbers) < len(group.runs)))
+                row.append(in_words(group.values(name)) + of_fewer(group, name))
             for seeds in measured(groups, name).values():
                 bold |= {(labels.index(label), len(header)) for label in leaders(seeds, is_lowest(name))}
             header.append(of)
@@ -371,21 +381,23 @@ def described(groups: Sequence[Group]) -> Iterator[str]:
 
 
 def write_summary(rows: list[Row], out: Path) -> None:
-    """Every file, into ``out``."""
-    out.mkdir(parents=True, exist_ok=True)
-    content = sections(rows)
+    """Every file, into ``out``; its pictures of an earlier call, which may be of other runs, are removed first."""
+    groups, content = grouped(rows)[0], sections(rows)
     text = markdown(content, SECTIONS)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in PICTURES:
+        (out / name).unlink(missing_ok=True)
     write_text(out / "summary.md", text)
     write_text(out / "summary.tex", latex(content, [name for name in SECTIONS if name != "open"]))
-    write_numbers(out / "summary.csv", grouped(rows)[0])
-    write_differences(out / "differences.csv", grouped(rows)[0])
+    write_numbers(out / "summary.csv", groups)
+    write_differences(out / "differences.csv", groups)
     write_table(out / "runs.csv", rows)
-    if any(row["curve"] for row in rows):
-        plot_curves(rows, out / "curves")
-    if any(row["state"] == "finished" and row["seconds_per_epoch"] for row in rows):
-        plot_cost(rows, out / "cost")
+    if trained := [group for group in [*groups, *grouped(rows, "unfinished")[0]] if has_curve(group)]:
+        plot_curves(trained, out / "curves")
+    if timed := [group for group in groups if group.values("seconds_per_epoch")]:
+        plot_cost(timed, out / "cost")
     print(text)
-    print(*sorted(path for path in out.iterdir() if path.stem in WRITTEN), sep="\n")
+    print(*sorted(out / name for name in (*TABLES, *PICTURES) if (out / name).exists()), sep="\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -441,10 +453,15 @@ def refreshed(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
-def plot_curves(rows: Sequence[Row], path: Path) -> None:
+def has_curve(group: Group) -> bool:
+    """Whether one of its runs has finished an epoch."""
+    return any(row["curve"] for row in group.runs)
+
+
+def plot_curves(groups: Sequence[Group], path: Path) -> None:
     """Test accuracy against the epoch: mean ± deviation over seeds, the last quarter of the epochs enlarged; runs that
     are not finished as thin lines."""
-    groups, left_out = pictured([*grouped(rows)[0], *grouped(rows, "unfinished")[0]])
+    groups, left_out = pictured(groups)
     figure, panels = make_panels(groups, "epoch", "test accuracy [%]")
     for panel in panels.values():
         panel.xaxis.set_major_locator(whole_numbers())
@@ -479,9 +496,10 @@ def plot_curves(rows: Sequence[Row], path: Path) -> None:
     save(figure, path, left_out)
 
 
-def plot_cost(rows: Sequence[Row], path: Path) -> None:
-    """Final accuracy against the seconds of an epoch, over vanilla's where all can be compared with it."""
-    groups, left_out = pictured([group for group in grouped(rows)[0] if group.values("seconds_per_epoch")])
+def plot_cost(groups: Sequence[Group], path: Path) -> None:
+    """Final accuracy against the seconds of an epoch, over vanilla's where all can be compared with it; the legend says
+    where not every seed has times."""
+    groups, left_out = pictured(groups)
     relative = {id(group): relative_cost(group, groups) for group in groups}
     against_vanilla = not any(map(math.isnan, relative.values()))
     label = "time of an epoch, vanilla = 1" if against_vanilla else "time of an epoch [s]"
@@ -490,10 +508,11 @@ def plot_cost(rows: Sequence[Row], path: Path) -> None:
     for group in groups:
         times, accuracies = group.values("seconds_per_epoch"), group.values("final")
         cost = relative[id(group)] if against_vanilla else statistics.mean(times)
+        seeds = f", times of {len(times)} of {len(group.runs)} seeds" * (len(times) < len(group.runs))
         colour, marker = look(group.runs[0]["method"])
         panels[group.column].errorbar(
             cost, statistics.mean(accuracies), yerr=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-            fmt=marker, color=colour, markersize=11 if marker == "*" else 7, capsize=3, label=group.label,
+            fmt=marker, color=colour, markersize=11 if marker == "*" else 7, capsize=3, label=group.label + seeds,
             fillstyle=("full", "none", "left", "top")[styles[group.label] % 4],
         )  # fmt: skip
     save(figure, path, left_out)
@@ -562,7 +581,7 @@ def save(figure: Figure, path: Path, left_out: str) -> None:
         figure.suptitle(left_out, fontsize=9)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # once is enough: it is most of the work
-    for kind in ("png", "pdf"):
+    for kind in KINDS:
         with atomic_write(path.with_suffix(f".{kind}")) as file:
             undated = {"CreationDate": None} if kind == "pdf" else {}
             figure.savefig(file, format=kind, metadata=undated)

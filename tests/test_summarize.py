@@ -271,7 +271,7 @@ def test_other_test_sets_are_a_table(tmp_path: Path) -> None:
     assert (
         "**66.50 ± 0.71 (2)** | **10.00 ± 0.00 (2)** | **7.00 ± 0.00 (2)** |" in sage
     )  # the other images do not count
-    write(tmp_path / "out" / "runs.csv", tmp_path / "again")
+    write(tmp_path / "out" / "runs.csv", tmp_path / "again", tmp_path / "runs")
     for path in (tmp_path / "out").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
     with open(tmp_path / "out" / "summary.csv", newline="") as file:
@@ -542,26 +542,89 @@ def test_tables_that_were_edited_are_refused(
     assert "line 2, is no run" in capsys.readouterr().err
 
 
+UNTIMED = dict.fromkeys(TIMES, "")
+
+
 def test_a_table_may_leave_out_times(tmp_path: Path) -> None:
     for method in ("vanilla", "cutmix"):
         make_run(tmp_path / "runs", method, 1)
     vanilla, cutmix = read_roots([tmp_path / "runs"])
-    write_table(tmp_path / "runs.csv", [vanilla, cutmix | dict.fromkeys(TIMES, "")])
+    write_table(tmp_path / "runs.csv", [vanilla, cutmix | UNTIMED])
     assert summarize.main([str(tmp_path / "runs.csv"), "--out", str(tmp_path / "out")]) == 0
     lines = (tmp_path / "out" / "summary.md").read_text().splitlines()
     costs = {cells[1]: cells[5:9] for line in lines if len(cells := [c.strip() for c in line.split("|")]) > 10}
     assert costs["CutMix"] == ["–"] * 4
     assert "–" not in costs["Vanilla"]
-    groups, _ = grouped([vanilla | dict.fromkeys(TIMES, ""), cutmix])
+    groups, _ = grouped([vanilla | UNTIMED, cutmix])
     assert all(math.isnan(relative_cost(group, groups)) for group in groups)
     assert (tmp_path / "out" / "cost.png").exists()
-    write_table(tmp_path / "runs.csv", [cutmix | dict.fromkeys(TIMES, "")])
+    write_table(tmp_path / "runs.csv", [cutmix | UNTIMED])
     assert summarize.main([str(tmp_path / "runs.csv"), "--out", str(tmp_path / "none")]) == 0
     assert not (tmp_path / "none" / "cost.png").exists()
     header = "| method | seeds | final | best | GB |"
     assert header in (tmp_path / "none" / "summary.md").read_text()
     write_table(tmp_path / "runs.csv", [cutmix | {"hours": ""}])  # one of them alone
     assert summarize.main([str(tmp_path / "runs.csv"), "--out", str(tmp_path / "out")]) == 1
+
+
+def test_of_two_rows_of_one_run_the_one_with_times_counts(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", "vanilla", 1)
+    (row,) = read_roots([tmp_path / "runs"])
+    write_table(tmp_path / "runs.csv", [row | UNTIMED])
+    for roots in (["runs.csv", "runs"], ["runs", "runs.csv"]):
+        assert read_roots([tmp_path / root for root in roots]) == [row]
+    write_table(tmp_path / "runs.csv", [row | UNTIMED | {"commit": "another"}])  # then it is another run
+    assert len(read_roots([tmp_path / "runs.csv", tmp_path / "runs"])) == 2
+
+
+def test_costs_are_plotted_of_runs_that_count(tmp_path: Path) -> None:
+    """The one run that has times is a second one of its seed."""
+    make_run(tmp_path / "runs", "vanilla", 1)
+    (row,) = read_roots([tmp_path / "runs"])
+    write_table(tmp_path / "runs.csv", [row | UNTIMED, row | {"date": "2026-02-03 04:05:06"}])
+    assert "| seeds | final | best | GB |" in write(tmp_path / "runs.csv", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("cost.*"))
+
+
+def test_pictures_of_an_earlier_call_do_not_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "runs", "vanilla", 1)
+    make_run(tmp_path / "empty", "vanilla", 1, done=0)
+    (row,) = read_roots([tmp_path / "runs"])
+    write_table(tmp_path / "runs.csv", [row | UNTIMED])
+    out = tmp_path / "out"
+    tables = {"summary.md", "summary.tex", "summary.csv", "differences.csv", "runs.csv"}
+    curves, mine = {"curves.png", "curves.pdf"}, {"cost.svg", "curves.txt", "costs.png", "summary.docx"}
+    out.mkdir()
+    for name in mine:
+        (out / name).write_text("of somebody else")
+    for root, pictures in (("runs", curves | {"cost.png", "cost.pdf"}), ("runs.csv", curves), ("empty", set())):
+        capsys.readouterr()
+        write(tmp_path / root, out)
+        assert {path.name for path in out.iterdir()} == mine | tables | pictures
+        listed = capsys.readouterr().out.splitlines()
+        assert {Path(line).name for line in listed if line.startswith(str(out))} == tables | pictures
+
+
+def test_times_of_fewer_seeds_say_of_how_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: dict[str, Figure] = {}
+    monkeypatch.setattr(summarize, "save", lambda figure, path, left_out: figures.update({path.name: figure}))
+    for seed in (1, 2, 3):
+        make_run(tmp_path / "runs", "vanilla", seed)
+        make_run(tmp_path / "runs", "cutmix", seed, seconds=15)
+    rows = read_roots([tmp_path / "runs"])
+    for row in rows:
+        row |= UNTIMED if (row["method"], row["seed"]) in {("cutmix", "2"), ("cutmix", "3")} else {}
+    write_table(tmp_path / "runs.csv", rows)
+    text = write(tmp_path / "runs.csv", tmp_path / "out")
+    assert cells(text, "CutMix")[-1][3:] == ["15.0 (1)", "1.50 (1)", "1 (1)", "0.02 (1)", "1.0 ± 0.0"]
+    assert cells(text, "Vanilla")[-1][3:5] == ["10.0 ± 0.0", "1.00"]
+    (panel,) = figures["cost"].axes
+    assert panel.get_legend_handles_labels()[1] == ["Vanilla", "CutMix, times of 1 of 3 seeds"]
+    # on another device there is no ratio to count
+    for row in rows:
+        row |= {"device": row["method"]}
+    write_table(tmp_path / "runs.csv", rows)
+    assert cells(write(tmp_path / "runs.csv", tmp_path / "out"), "CutMix")[-1][3:5] == ["15.0 (1)", "–"]
 
 
 def test_tables_of_a_spreadsheet_are_read(tmp_path: Path) -> None:
@@ -643,7 +706,7 @@ def test_curves_have_ticks_at_whole_epochs(tmp_path: Path, monkeypatch: pytest.M
     figures: list[Figure] = []
     monkeypatch.setattr(summarize, "save", lambda figure, path, left_out: figures.append(figure))
     make_run(tmp_path, "vanilla", 1, done=epochs, epochs=epochs)
-    summarize.plot_curves(read_roots([tmp_path]), tmp_path / "curves")
+    summarize.plot_curves(grouped(read_roots([tmp_path]))[0], tmp_path / "curves")
     (panel,) = figures[0].axes
     for axes in (panel, *panel.child_axes):
         assert all(tick == round(tick) for tick in axes.get_xticks())

@@ -24,6 +24,7 @@ from .errors import UserError
 from .runs import Identity, differences
 
 Key = tuple[str, ...]
+Said = frozenset[tuple[str, str]]
 Row = dict[str, str]  # numbers stay text, so that a table of runs says exactly what its folders say
 FLAGS = vars(options.make_parser().parse_args([]))
 NAMES = ["dataset", "arch", "method", "seed", "add_name"]
@@ -70,8 +71,8 @@ class Group(NamedTuple):
 
 
 def read_roots(roots: Iterable[Path]) -> list[Row]:
-    """A row a run, in the tables' order; a run that is named twice appears once."""
-    rows: dict[Key, Row] = {}
+    """A row a run, in the tables' order; a run that is named twice appears once, with times if they were given."""
+    rows: dict[tuple[Said, str], Row] = {}
     for root in roots:
         if root.is_file():
             found = [("", row) for row in read_table(root)]
@@ -82,8 +83,19 @@ def read_roots(roots: Iterable[Path]) -> list[Row]:
         if not found:
             raise UserError(f"{root} holds no run" if root.exists() else f"there is no {root}")
         # damaged folders may look alike, and each is listed
-        rows.update({(*row.values(), path if row["state"] == "damaged" else ""): row for path, row in found})
-    return sorted(rows.values(), key=order)
+        rows.update({(said(row), path if row["state"] == "damaged" else ""): row for path, row in found})
+    timed = {said(row, TIMES) for row in rows.values() if has_times(row)}
+    return sorted((row for row in rows.values() if has_times(row) or said(row, TIMES) not in timed), key=order)
+
+
+def has_times(row: Row) -> bool:
+    """A table may leave them out, if the machine did other work as well."""
+    return any(row[name] for name in TIMES)
+
+
+def said(row: Row, but: Sequence[str] = ()) -> Said:
+    """All that a row says, in whatever order, but for some columns."""
+    return frozenset(entry for entry in row.items() if entry[0] not in but)
 
 
 def folders_of(root: Path) -> tuple[list[Path], dict[Path, str]]:
@@ -285,9 +297,8 @@ def check(row: Row) -> None:
     if row["state"] not in ("finished", "unfinished") or row["method"] not in METHODS:
         raise ValueError(f"state {row['state']!r}, method {row['method']!r}")
     finished = row["state"] == "finished"
-    timed = any(row[name] for name in TIMES)  # a table may leave them out, if the machine did other work as well
     needed = ["seed", "epochs", "start_epoch", "epochs_done"]
-    needed += [*RESULTS, *(COSTS if timed else {*COSTS} - {*TIMES})] if finished else []
+    needed += [*RESULTS, *(COSTS if has_times(row) else {*COSTS} - {*TIMES})] if finished else []
     texts = [row[name] for name in [*RESULTS, *COSTS, *ROBUSTNESS] if row[name]] + row["curve"].split()
     shifts = shifts_of([row])
     texts += [row.get(name, "") for names in shifts.values() for name in names]
@@ -300,7 +311,7 @@ def check(row: Row) -> None:
     done, whole = int(row["epochs_done"]), int(row["epochs"]) - int(row["start_epoch"])
     if len(row["curve"].split()) != done or (finished and done != whole):
         raise ValueError(f"{len(row['curve'].split())} accuracies of {done} epochs, where {whole} make the run")
-    no_time = finished and timed and not float(row["seconds_per_epoch"]) > 0
+    no_time = finished and has_times(row) and not float(row["seconds_per_epoch"]) > 0
     if not re.match(r"\d{4}-\d\d-\d\d", row["date"]) or no_time:
         raise ValueError(f"date {row['date']!r}, {row['seconds_per_epoch']} s an epoch")
 
