@@ -83,7 +83,7 @@ train() {  # train NAME SECONDS FLAGS…
     cp "$folder/metrics.csv" "$out/$name.csv" && cp "$folder/config.json" "$out/$name.json"
   done 2>/dev/null
   [ $code -eq 0 ] || [ $code -eq 143 ] || [ $code -eq 124 ] || { failed=1; tail -n 5 "$out/$name.log"; }
-  "$python" - "$out/$name.csv" "$name" "$*" <<'PY' | tee -a "$out/report.md"
+  "$python" - "$out/$name.csv" "$name" "$(echo "${small_run[@]}" "$@")" <<'PY' | tee -a "$out/report.md"
 import csv, statistics, sys
 from pathlib import Path
 path = Path(sys.argv[1])
@@ -93,7 +93,8 @@ if not rows:
     sys.exit()
 later = [float(row["seconds"]) for row in rows[1:]] or [float(rows[0]["seconds"])]
 rate = statistics.median(float(row["images_per_second"]) for row in rows)
-print(f"\nSAGE on CIFAR-10 {sys.argv[3]}: {len(rows)} epochs; {statistics.median(later):.2f} s an epoch (the first "
+flags, epochs = f" {sys.argv[3]}".rstrip(), f"{len(rows)} epoch{'s' * (len(rows) > 1)}"
+print(f"\nSAGE on CIFAR-10{flags}: {epochs}; {statistics.median(later):.2f} s an epoch (the first "
       f"{float(rows[0]['seconds']):.1f}), {rate:.0f} images/s in training; test accuracy {float(rows[-1]['test_top1']):.2f} %, "
       f"best {max(float(row['test_top1']) for row in rows):.2f} %")
 PY
