@@ -59,8 +59,8 @@ class Mixed:
         targets: [B, K] rows that sum to 1.
         share: weight of the mixed loss.
         clean_loss: scalar float32, the clean pass's part of the objective, its weight included; 0 without one.
-        partner: [B, C, H, W], image b of every pair before it is moved. For pictures, like the next two: None where a
-            method has no such thing.
+        partner: [B, C, H, W], image b of every pair before it is moved; any strides. For pictures, like the next two:
+            None where a method has no such thing.
         saliency: ([B, H, W], [B, H, W]) of image a and image b.
         mask: [B, H, W] weight of image a.
         loss_function: of logits [B, K] and targets [B, K].
@@ -318,7 +318,7 @@ class PartialMixing(Method):
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
     """[B] integer labels to [B, K] float32 rows."""
     # comparison instead of F.one_hot, which reads the largest label back to the host
-    rows = torch.empty(len(labels), num_classes, device=labels.device)
+    rows = torch.empty(len(labels), num_classes, dtype=torch.float32, device=labels.device)
     return torch.eq(labels[:, None], counting(num_classes, labels.device), out=rows)
 
 
@@ -338,7 +338,7 @@ def as_share(value: Any, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(device, torch.float32, non_blocking=True)
     # filled there: copying a number to a GPU would wait for it
-    return torch.full((), float(value), device=device)
+    return torch.full((), float(value), dtype=torch.float32, device=device)
 
 
 def as_index(permutation: Any, device: torch.device) -> Tensor:

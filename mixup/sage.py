@@ -152,7 +152,8 @@ class Sage(Method):
         with torch.no_grad():
             saliency = ones_where_zero(gaussian_blur(mean_magnitude(gradient), self.kernel_size, self.blur_sigma))
             unit = saliency / saliency.sum(dim=(1, 2), keepdim=True)
-            share_a, share_b = _floored(draws.lam), _floored(1 - draws.lam)
+            lam = draws.lam.to(unit.dtype) if isinstance(draws.lam, Tensor) else float(draws.lam)
+            share_a, share_b = _floored(lam), _floored(1 - lam)
             # image b and its maps are looked up, and moved, as channels of one tensor: fewer launches on a GPU
             of_b = torch.cat([saliency[:, None], unit[:, None], images], dim=1)[permutation]
             a, b = share_a * unit, of_b[:, 1].mul_(share_b)
@@ -174,5 +175,5 @@ class Sage(Method):
 
 
 def _floored(share: Any) -> Any:
-    """A share of mass as a float, or as a tensor on its device, of at least 1e-12."""
-    return share.clamp(min=1e-12) if isinstance(share, Tensor) else max(float(share), 1e-12)
+    """A share of mass, a number or a tensor, of at least 1e-12."""
+    return share.clamp(min=1e-12) if isinstance(share, Tensor) else max(share, 1e-12)

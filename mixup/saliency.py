@@ -15,7 +15,7 @@ from .base import Clean, channels, counting, kept, to_device
 from .settings import setting
 
 SURROUND_RADII = (12, 24, 48, 28, 56, 112)  # of fine-grained saliency, in pixels
-SURROUND_PIXELS = 1 << 18  # of images whose surroundings are summed at a time
+FEW_PIXELS = 1 << 16  # of so many all sizes of surroundings are summed at once: fewer launches; of more, in the cache
 
 
 def saliency_pass(
@@ -155,41 +155,41 @@ def fine_grained_saliency(images_u8: Tensor) -> Tensor:
     if images_u8.dtype != torch.uint8 or images_u8.ndim != 4 or images_u8.shape[1] != 3 or images_u8.numel() == 0:
         raise ValueError(f"images must be uint8 [B, 3, H, W], got {images_u8.dtype} {tuple(images_u8.shape)}")
     height, width = images_u8.shape[2:]
-    part = max(1, SURROUND_PIXELS // (height * width))
-    return torch.cat([_fine_grained(images.int()) for images in images_u8.split(part)])
-
-
-def _fine_grained(images: Tensor) -> Tensor:
-    """``fine_grained_saliency`` of images [B, 3, H, W] int32: all six sizes at once, few operations."""
-    height, width = images.shape[2:]
-    grey = (3735 * images[:, 0] + 19235 * images[:, 1] + 9798 * images[:, 2] + 16384) >> 15
-    # images last, so that pixels are picked in contiguous pieces
+    channels = images_u8.int()
+    grey = (3735 * channels[:, 0] + 19235 * channels[:, 1] + 9798 * channels[:, 2] + 16384) >> 15
+    # images last, so that rows and columns are picked in contiguous pieces
     grey = _binomial_blur(_binomial_blur(grey)).permute(1, 2, 0).contiguous()
 
     # int32 may wrap around in the integral of a huge image; differences are right all the same
     integral = F.pad(grey, (0, 0, 1, 0, 1, 0)).cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32)
-    corners, area, others = _surroundings(height, width, grey.device)
-    (a, b), (c, d) = integral.flatten(0, 1).index_select(0, corners).view(2, 2, *area.shape[:3], -1)
-    total = (a - b).sub_(c - d)
-    # centre minus surround. Below 2**24 the float is exact, and at these radii no quotient rounds up to an integer
-    difference = (grey * area).sub_(total).float().div_(others).trunc_()
-    above = difference.clamp(min=0).sum(dim=0)  # sums of whole numbers: exact
-    below = above - difference.sum(dim=0)
-    return _rescaled(_rescaled(above) + _rescaled(below)).permute(2, 0, 1).contiguous().to(torch.uint8)
+    on, off = torch.zeros_like(grey, dtype=torch.float32), torch.zeros_like(grey, dtype=torch.float32)
+    for radii in [SURROUND_RADII] if grey.numel() <= FEW_PIXELS else zip(SURROUND_RADII):
+        top, bottom, left, right, tall, wide = _surroundings(radii, height, width, grey.device)
+        strips = integral.index_select(1, right).sub_(integral.index_select(1, left)).view(-1, width, grey.shape[2])
+        total = strips.index_select(0, bottom).sub_(strips.index_select(0, top)).view(len(radii), *grey.shape)
+        area = tall * wide
+        # centre minus surround. Below 2**24 the float is exact, and at these radii no quotient rounds up to an integer
+        difference = (grey * area).sub_(total).float().div_((area - 1).clamp_(min=1)).trunc_()
+        on += difference.clamp(min=0).sum(dim=0)
+        off -= difference.clamp_(max=0).sum(dim=0)
+    return _rescaled(_rescaled(on) + _rescaled(off)).permute(2, 0, 1).contiguous().to(torch.uint8)
 
 
 @kept
-def _surroundings(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For six sizes of surroundings, clipped by the image: where an integral image [H+1, W+1] has their four corners
-    (bottom right, top right, bottom left, top left), their area and, at least 1, their number of other pixels, both
-    [6, H, W, 1]."""
-    radii = to_device(SURROUND_RADII, device)[:, None]
+def _surroundings(radii: tuple[int, ...], height: int, width: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Surroundings of R radii, clipped by the image, as (top, bottom, left, right, tall, wide).
+
+    left, right [R·W] are columns of an integral image [H+1, W+1], whose differences are strips [(H+1)·R, W]; top,
+    bottom [R·H] are rows of these, whose differences are sums over the surroundings; tall [R, H, 1, 1] and
+    wide [R, 1, W, 1] are their sides.
+    """
+    radius = to_device(radii, device)[:, None]
     rows, columns = counting(height, device) + 1, counting(width, device) + 1
-    top, bottom = (rows - radii).clamp(min=0)[:, :, None], (rows + radii).clamp(max=height)[:, :, None]
-    left, right = (columns - radii).clamp(min=0)[:, None], (columns + radii).clamp(max=width)[:, None]
-    corners = [y * (width + 1) + x for x in (right, left) for y in (bottom, top)]
-    area = ((bottom - top) * (right - left))[..., None].int()
-    return torch.stack(corners).flatten(), area, (area - 1).clamp(min=1).float()
+    top, bottom = (rows - radius).clamp(min=0), (rows + radius).clamp(max=height)
+    left, right = (columns - radius).clamp(min=0), (columns + radius).clamp(max=width)
+    strip = counting(len(radii), device)[:, None]
+    edges = (x.flatten() for x in (top * len(radii) + strip, bottom * len(radii) + strip, left, right))
+    return *edges, (bottom - top)[:, :, None, None].int(), (right - left)[:, None, :, None].int()
 
 
 def _binomial_blur(grey: Tensor) -> Tensor:

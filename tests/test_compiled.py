@@ -15,7 +15,8 @@ from models import ARCHITECTURES, build_model
 from models.mixing import MIXING_POINTS, through
 from utils.device import compiled
 
-MOST = 6  # PyTorch compiles a function anew 8 times, and from then on runs it as it is without a word
+# PyTorch compiles a function anew 8 times, and from then on runs it as it is without a word
+MOST = 6
 
 
 class Compilations:
@@ -48,6 +49,9 @@ def test_architectures_have_no_graph_break(arch: str) -> None:
     forward = torch.compile(model.forward, backend=seen, fullgraph=True)
     assert forward(images).shape == (2, 10)
     assert seen.count == 1
+    if arch in ("preactresnet18", "wrn16_8", "resnext29_4_24"):  # of each family one
+        assert forward(images, 1, torch.neg).shape == (2, 10)
+        assert seen.count == 2
 
 
 def test_a_graph_break_would_be_an_error() -> None:
@@ -73,13 +77,15 @@ class Small(nn.Module):
         return self.linear(through(list(self.parts), x, mix_at, mix).mean(dim=(2, 3)))
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_run_is_compiled_a_few_times_and_never_for_a_value(name: str) -> None:
+@pytest.mark.parametrize(("name", "schedule"), [*((name, "fixed") for name in METHODS), ("manifold", "delayed")])
+def test_a_run_is_compiled_a_few_times_and_never_for_a_value(name: str, schedule: str) -> None:
     """Epochs and evaluations with a smaller last batch each."""
     torch.manual_seed(0)
     model, seen = Small(), Compilations()
     model.forward = torch.autocast("cpu", torch.bfloat16)(compiled(model.forward, batch=6, backend=seen))  # type: ignore[method-assign]
-    settings = {"sage": {"rand_pos": 0.01, "update_ratio": 0.7}, "comix": {"m_part": 4}}.get(name, {})
+    settings: dict[str, Any] = {"sage": {"rand_pos": 0.01, "update_ratio": 0.7}, "comix": {"m_part": 4}}.get(name, {})
+    if schedule == "delayed":
+        settings = {"mix_schedule": "delayed", "mix_scheduled_epoch": 1}
     method = build_method(name, "cifar10", 10, **settings)
     counts = []
     for epoch in range(4):  # the fourth one brings no new shape

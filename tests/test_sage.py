@@ -18,10 +18,12 @@ from mixup import build_method
 from mixup.base import bce_loss, one_hot
 from mixup.sage import (
     Sage,
+    SageDraws,
     best_offsets,
     blend,
     gaussian_blur,
 )
+from mixup.saliency import KnownSaliency
 from mixup.search import LEADERS, SHORT_LIST, _list_scores, approximate_scores, exact_scores
 from models import build_model
 from tests.common import golden, load_fixed_weights, normalise
@@ -578,3 +580,13 @@ def test_images_too_small_for_the_blur() -> None:
     method = Sage(10, kernel_size=5)
     with pytest.raises(ValueError, match="2×9"):
         method.step(tiny_network(), torch.zeros(2, 3, 2, 9), torch.zeros(2).long(), SimpleNamespace())
+
+
+def test_lam_may_be_of_another_type() -> None:
+    maps, images, labels = torch.rand(4, 8, 8), torch.randn(4, 3, 8, 8), torch.arange(4)
+    sage, mixed = build_method("sage", "cifar10", 10), []
+    for dtype in (torch.float32, torch.float64):
+        lam = torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=dtype)[:, None, None]
+        draws = SageDraws(lam, np.array([1, 0, 3, 2]), None)  # type: ignore[arg-type]
+        mixed.append(sage.mix(KnownSaliency(maps, 10), images, labels, draws).images)
+    assert torch.equal(*mixed)

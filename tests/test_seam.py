@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mixup import METHODS, build_method
 from mixup.base import Method, bce_loss, one_hot
+from models import build_model
 from tests.common import GOLDEN, ROOT, load_fixed_weights, normalise
 
 CASES: dict[str, dict[str, Any]] = {
@@ -307,7 +308,6 @@ def test_manifold_mixup_on_a_foreign_network() -> None:
 )
 def test_published_steps(name: str) -> None:
     """Two optimiser steps of the published code, from the same weights and draws."""
-    from models import build_model
 
     archive = np.load(GOLDEN / "steps.npz")
     known = {key.removeprefix(f"{name}/"): archive[key] for key in archive.files if key.startswith(f"{name}/")}
@@ -371,3 +371,19 @@ def test_the_folder_alone_beside_foreign_modules(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FOREIGN.format(here=str(tmp_path))]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout == f"all {len(METHODS)}\n", done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", METHODS)
+def test_targets_are_float32_whatever_the_default_type_is(name: str, dtype: torch.dtype) -> None:
+    """Trainers set it for a step of another precision."""
+    method, model = build_method(name, "cifar10", 10), build_model("preactresnet18", 10, initial_channels=2)
+    draws = method.draw(np.random.default_rng(0), 3, 16, 16)
+    images, labels = torch.randn(3, 3, 16, 16), torch.arange(3)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        step = method.step(model, images, labels, draws)
+    finally:
+        torch.set_default_dtype(usual)
+    assert step.mixed.targets.dtype == step.loss.dtype == torch.float32

@@ -190,7 +190,7 @@ TABLE: list[tuple[str, dict[str, Any], dict[str, Any], tuple[int, int], int]] = 
     ("manifold", {}, {}, (0, 1), 16),
     ("cutmix", {}, {}, (0, 1), 29),
     ("cutmix", {"prob_mix": 0.5}, {}, (0, 1), 31),
-    ("saliencymix", {}, {}, (0, 1), 112),
+    ("saliencymix", {}, {}, (0, 1), 120),
     ("sage", SAGE_ALL, {}, (0, 1), 90),
     ("sage", SAGE_FEW, {}, (0, 2), 62),
     ("puzzle", {}, {"num_blocks": 4}, (1, 2), 162),

@@ -73,8 +73,9 @@ def compiled(forward: Callable[..., Tensor], batch: int | None = None, **how: An
     ``x``; so a pass that mixes them and is not of ``batch`` images, the last one of an epoch, is not compiled."""
     quick = torch.compile(forward, **how)
 
-    def chosen(x: Tensor, *hook: Any) -> Tensor:
-        return (forward if hook and batch not in (None, len(x)) else quick)(x, *hook)
+    def chosen(x: Tensor, *hook: Any, **named_hook: Any) -> Tensor:
+        mixes, is_last = bool(hook or named_hook), batch is not None and len(x) != batch
+        return (forward if mixes and is_last else quick)(x, *hook, **named_hook)
 
     return chosen
 
