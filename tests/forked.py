@@ -155,6 +155,22 @@ def fail_at(where: str, errno: int) -> None:
     _call_before(where, before)
 
 
+def unreadable(name: str, errno: int, reading: int) -> None:
+    """The ``reading``-th time that a file of this name is read as text, the disk refuses."""
+    from pathlib import Path
+
+    read_text, counts = Path.read_text, {"readings": 0}
+
+    def refuse(path: Path, *args: Any, **named: Any) -> str:
+        if path.name == name:
+            counts["readings"] += 1
+            if counts["readings"] == reading:
+                raise OSError(errno, os.strerror(errno), str(path))
+        return read_text(path, *args, **named)
+
+    Path.read_text = refuse  # type: ignore[method-assign]
+
+
 def _call_before(where: str, before: Callable[[], None]) -> None:
     module, name = where.split(":")
     original = getattr(importlib.import_module(module), name)

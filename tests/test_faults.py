@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mixup import METHODS, build_method
 from tests import forked
 from tests.common import rows
-from utils import archive, checkpoint, options, runs, train
+from utils import archive, checkpoint, options, processes, runs, train
 from utils.archive import remove_leftovers
 from utils.errors import UserError
 from utils.runs import Progress, Training
@@ -450,11 +450,37 @@ def test_damaged_files_of_a_finished_run(words: list[object], tmp_path: Path, wh
         assert_same(folder, whole)
 
 
-def test_a_folder_in_place_of_a_result_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "result.json"
-    path.mkdir()
-    assert runs.read(path, "summary") is None
-    assert capsys.readouterr().err == f"warning: {path} is damaged (it is not a file); it is written anew\n"
+@pytest.mark.parametrize("name", ["result.json", "config.json", "metrics.csv"])
+def test_a_folder_in_place_of_a_file_is_refused_at_once(words: list[object], stopped: Path, name: str) -> None:
+    (stopped / name).unlink(missing_ok=True)
+    (stopped / name).mkdir()
+    assert refused(1, *words, "--root_dir", stopped.parent) == f"error: {stopped / name} is not a file; remove it\n"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "7", "{}", '{"settings": 5, "summary": null}', "[" * 10**5])
+def test_damaged_records_are_reported_once_and_kept(
+    words: list[object], whole: Path, tmp_path: Path, content: str
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / whole.name)
+    for name in ("config.json", "result.json"):
+        (folder / name).write_text(content)
+    said = finish(*words, "--root_dir", tmp_path)
+    for name in ("config.json", "result.json"):
+        assert said.count(f"{folder / name} is damaged") == 1
+        assert (folder / f"{name}.damaged").read_text() == content
+    assert_same(folder, whole)
+    assert "is finished" in finish(*words, "--root_dir", tmp_path)
+
+
+def test_a_config_that_cannot_be_read_at_the_moment_stays(words: list[object], whole: Path, tmp_path: Path) -> None:
+    """At the first reading of a start, and at later ones."""
+    folder = shutil.copytree(whole, tmp_path / whole.name)
+    before = (folder / "config.json").read_bytes()
+    for reading, number in enumerate((errno.EIO, errno.EACCES, errno.ESTALE), start=1):
+        first = partial(forked.unreadable, "config.json", number, reading)
+        code, said = forked.start(*words, "--root_dir", tmp_path, first=first).end()
+        assert (code == 1 and os.strerror(number) in said) if reading == 1 else code == 0
+        assert (folder / "config.json").read_bytes() == before
 
 
 def test_without_its_config_a_run_still_knows_its_settings(words: list[object], stopped: Path) -> None:
@@ -539,6 +565,9 @@ def test_mixed_images_are_of_the_first_epoch_and_the_last(words: list[object], t
     resume = ["--resume", folder / checkpoint.LAST, "--root_dir", tmp_path / "five", "--epochs", 5]
     assert forked.start(*words, *resume, "--add_name", "longer", first=first).end()[0] == 0
     assert found(tmp_path / "five") == {"mixed.png": "Vanilla, epoch 3", "mixed_last.png": "Vanilla, epoch 4"}
+    resume = ["--resume", folder / checkpoint.LAST, "--root_dir", tmp_path / "four", "--epochs", 4]
+    assert forked.start(*words, *resume, "--add_name", "longer", first=first).end()[0] == 0
+    assert found(tmp_path / "four") == {"mixed.png": "Vanilla, epoch 3"}  # a batch is plotted once
     assert forked.start(*words, "--root_dir", tmp_path / "one", "--epochs", 1, first=first).end()[0] == 0
     assert found(tmp_path / "one") == {"mixed.png": "Vanilla, epoch 0"}
 
@@ -755,22 +784,52 @@ def test_a_dead_network_is_stopped(words: list[object], tmp_path: Path, method: 
     assert not list(tmp_path.glob("*/*.tar"))
 
 
-@pytest.mark.parametrize(("gradient", "logit", "dead"), [(0, -50, True), (0, 50, False), (1e-40, -50, False)])
-def test_a_perfect_fit_and_tiny_gradients_go_on(gradient: float, logit: float, dead: bool) -> None:
+def is_dead(logits: Tensor, gradient: float = 0) -> bool:
+    """Whether a run is stopped after a step with these logits, labels 0, and gradients of 0 but one."""
     model = nn.Linear(2, 3)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     model.bias.grad[1] = gradient  # type: ignore[index]
-    logits = torch.zeros(4, 3)
-    logits[:, 0] = logit
-    method = build_method("vanilla", "cifar10", 3)
-    images, labels = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
+    count, classes = logits.shape
+    method = build_method("vanilla", "cifar10", classes)
+    images, labels = torch.zeros(count, 3, 8, 8), torch.zeros(count, dtype=torch.int64)
     step = method.step(lambda _: logits, images, labels, None)  # type: ignore[arg-type]
     run: Any = SimpleNamespace(
         model=model, device=torch.device("cpu"), method=method, training=Training(), progress=Progress()
     )
-    with pytest.raises(UserError, match="dead in epoch 0") if dead else nullcontext():
+    try:
         train.refuse_dead_network(run, step)
+    except UserError as error:
+        return str(error).startswith("the network is dead in epoch 0: ")
+    return False
+
+
+def logits_of(logit: float, count: int = 4, classes: int = 3) -> Tensor:
+    """``logit`` for the label, 0 for the other classes."""
+    logits = torch.zeros(count, classes)
+    logits[:, 0] = logit
+    return logits
+
+
+@pytest.mark.parametrize(("gradient", "logit", "dead"), [(0, -50, True), (0, 50, False), (1e-40, -50, False)])
+def test_a_perfect_fit_and_tiny_gradients_go_on(gradient: float, logit: float, dead: bool) -> None:
+    assert is_dead(logits_of(logit), gradient) == dead
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 100, 200])
+def test_equal_probabilities_go_on(classes: int) -> None:
+    """Whichever way their loss is rounded: in a balanced batch their gradients may cancel, in the next one they need
+    not."""
+    for count in (1, 4, 10, 50, 64, 100):
+        assert not is_dead(logits_of(0, count, classes)), count
+        assert is_dead(logits_of(-0.05, count, classes)), count
+
+
+def test_all_processes_decide_alike_on_a_dead_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    for others, logit, dead in (([0, 1], 50, True), ([0, 0], -50, False)):
+        agreed = iter(others)
+        monkeypatch.setattr(processes, "largest", lambda value, device, agreed=agreed: next(agreed))
+        assert is_dead(logits_of(logit)) == dead
 
 
 class Probe(nn.Module):

@@ -166,8 +166,8 @@ def is_finished(run: Run) -> bool:
     """
     if run.folder is None:
         return False
-    result = runs.read(run.folder / "result.json", "summary")
-    there = runs.read_identity(run.folder)
+    result = runs.read_or_set_aside(run.folder / "result.json", runs.summary_of)
+    there = runs.read_or_set_aside(run.folder / "config.json", runs.identity_of)
     state = load_last(run.folder) if there is None and result is not None else None
     if state is not None:
         with well_formed(run.folder):

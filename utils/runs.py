@@ -10,13 +10,13 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import nn
@@ -33,7 +33,9 @@ from .processes import ImageWeight, World
 from .records import log
 
 LOCK = ".lock"
+RECORDS = ("config.json", "metrics.csv", "result.json")  # which no run ends without
 MIXED, MIXED_LAST = "mixed.png", "mixed_last.png"  # pictures of the first epoch's first batch, and the last's
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -319,7 +321,7 @@ def hold(folder: Path | None, overwrite: bool, resume: str) -> Iterator[IO | Non
     """The folder, made ready and held by this process alone; a dead process holds nothing. Nothing where it is None.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or a record of the run is not a file.
         BadArguments: ``overwrite`` would move ``resume`` away.
     """
     if folder is None:
@@ -332,6 +334,8 @@ def hold(folder: Path | None, overwrite: bool, resume: str) -> Iterator[IO | Non
             held.close()
             held = lock(folder)
         remove_leftovers(folder)
+        for name in RECORDS:
+            refuse_other_than_file(folder / name)
         yield held
     finally:
         held.close()
@@ -340,8 +344,7 @@ def hold(folder: Path | None, overwrite: bool, resume: str) -> Iterator[IO | Non
 def lock(folder: Path) -> IO:
     """Make the folder and lock it for this process, until the file is closed."""
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / LOCK).exists() and not (folder / LOCK).is_file():  # opening a pipe would wait for ever
-        raise UserError(f"{folder / LOCK} is not a file; remove it")
+    refuse_other_than_file(folder / LOCK)
     held = open(folder / LOCK, "a")  # noqa: SIM115
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -353,6 +356,12 @@ def lock(folder: Path) -> IO:
     except OSError as error:  # some network file systems
         warn(f"{folder} cannot be locked ({error.strerror}): nothing keeps a second run from writing into it")
     return held
+
+
+def refuse_other_than_file(path: Path) -> None:
+    """Raise ``UserError`` where there is a folder in place of a file, or a pipe, which could not be read to its end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file; remove it")
 
 
 def lock_is_lost(folder: Path, lock: IO) -> bool:
@@ -383,36 +392,34 @@ def warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr)
 
 
-def read(path: Path, key: str) -> Any:
-    """One entry of a JSON file; None where there is no file, or a damaged one, which the run will write anew."""
+def read_or_set_aside(path: Path, take: Callable[[dict[str, Any]], Found]) -> Found | None:
+    """What ``take`` finds in a JSON file of the run; None where there is none. A damaged one, of which ``take`` raises
+    ``ValueError``, counts as none: it gets another name, and the run writes it anew. One that cannot be read at the
+    moment is an ``OSError``, and stays as it is."""
     if not path.exists():
         return None
     try:
-        return records.read_json(path)[key]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        reason = f"{error}".replace(f"{path} is", "it is")
-        warn(f"{path} is damaged ({reason}); it is written anew")
+        content = records.read_json(path)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return take(content)
+    except (ValueError, RecursionError) as error:
+        aside = path.with_name(f"{path.name}.damaged")
+        os.replace(path, aside)
+        warn(f"{path} is damaged ({error}); it is kept as {aside.name} and written anew")
         return None
 
 
-def read_identity(folder: Path) -> Identity | None:
-    """What config.json says; None where there is none, or a damaged one."""
-    if read(folder / "config.json", "settings") is None:
-        return None
-    try:
-        return identity_of(records.read_json(folder / "config.json"))
-    except ValueError as error:
-        warn(f"{folder / 'config.json'} is damaged ({error}); it is written anew")
-        return None
+def summary_of(content: dict[str, Any]) -> str:
+    """The line that a result.json says of a run; ``ValueError`` where it says none."""
+    if not isinstance(content.get("summary"), str):
+        raise ValueError("it holds no summary")
+    return content["summary"]
 
 
 def write_missing_config(run: Run, arguments: dict[str, Any]) -> None:
-    """config.json of a finished run that has lost it, or whose is damaged, which ``read_identity`` has said."""
-    if run.folder is None:
-        return
-    try:
-        identity_of(records.read_json(run.folder / "config.json"))
-    except (OSError, ValueError, AttributeError, RecursionError):
+    """config.json of a finished run that has lost it, or whose was damaged and set aside."""
+    if run.folder is not None and not (run.folder / "config.json").exists():
         write_config(run, arguments)
 
 
@@ -421,9 +428,8 @@ def write_config(run: Run, arguments: dict[str, Any]) -> None:
     if run.folder is None:
         return
     versions = {name: version(name) for name in ("torch", "torchvision", "numpy")}
-    started = now = time.strftime("%Y-%m-%d %H:%M:%S")
-    with suppress(OSError, ValueError, LookupError, TypeError):  # none yet, or damaged
-        started = records.read_json(run.folder / "config.json")["started"]
+    path, now = run.folder / "config.json", time.strftime("%Y-%m-%d %H:%M:%S")
+    started = records.read_json(path).get("started", now) if path.exists() else now
     content = {
         "settings": run.identity.settings,
         "digests": run.identity.digests,
@@ -440,7 +446,7 @@ def write_config(run: Run, arguments: dict[str, Any]) -> None:
         "started": started,
         "continued": now if now != started else None,
     }
-    records.write_json(run.folder / "config.json", content)
+    records.write_json(path, content)
 
 
 def write_result(run: Run) -> str:

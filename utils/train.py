@@ -29,6 +29,7 @@ EVALUATION_BATCH = {"cpu": 250, "mps": 500, "cuda": 1000}  # images of 32×32; f
 AGREE_STEPS = 10  # ranks agree this often on saving and stopping; each time they wait for each other
 BAR_SECONDS = 0.5  # the numbers beside the bar on a terminal are read from the device this often
 CURVES_SECONDS = 20  # plotting takes half a second; refreshed at most this often while running
+ROUNDING = 1e-4  # of a loss, relative; float32 is far more exact
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -275,18 +276,20 @@ def plot_curves(run: Run) -> None:
 
 def plot_mixed_images(run: Run, result: Step, images: Tensor) -> None:
     """mixed.png of the first batch, and mixed_last.png of the last epoch's first one, if that is not the only epoch.
-    What the folder lacks is plotted of the first batch of this start."""
-    first, run.is_first_batch = run.is_first_batch, False
+    What the folder lacks is plotted from the first batch of this start; a batch is plotted once."""
+    is_first, run.is_first_batch = run.is_first_batch, False
     if run.folder is None:
         return
-    epoch = run.progress.epoch
-    is_last = epoch == run.training.epochs - 1 > run.training.start_epoch
-    names = {name for name in (MIXED, *[MIXED_LAST] * is_last) if first and not (run.folder / name).exists()}
-    if is_last and run.progress.step == 1:
-        names.add(MIXED_LAST)  # over one that may be left of a run that was shorter
-    for name in sorted(names):
-        title = f"{run.method.title}, epoch {epoch}"
-        keep_going(partial(pictures.plot_mixed, run.folder / name, result.mixed, images, run.data, title))
+    epoch, training = run.progress.epoch, run.training
+    is_last_epoch = training.epochs - training.start_epoch > 1 and epoch == training.epochs - 1
+    if is_first and not (run.folder / MIXED).exists():
+        name = MIXED
+    elif is_last_epoch and (is_first or run.progress.step == 1) and not (run.folder / MIXED_LAST).exists():
+        name = MIXED_LAST
+    else:
+        return
+    title = f"{run.method.title}, epoch {epoch}"
+    keep_going(partial(pictures.plot_mixed, run.folder / name, result.mixed, images, run.data, title))
 
 
 def keep_going(write: Callable[[], object]) -> None:
@@ -393,17 +396,20 @@ def not_finite(run: Run, step: int) -> UserError:
 
 def refuse_dead_network(run: Run, last: Step | None) -> None:
     """Stop a network that will never learn again: every gradient of the last batch is exactly 0, on every process, and
-    the batch's loss is above that of equal probabilities, so that it is not a perfect fit."""
+    the batch's loss is above that of equal probabilities, so that it is not a perfect fit. At equal probabilities
+    gradients may cancel by chance, as in a balanced batch: such a network goes on."""
     if last is None:
         return
     gradients = (parameter.grad for parameter in run.model.parameters() if parameter.grad is not None)
     if processes.largest(int(any(bool(gradient.any()) for gradient in gradients)), run.device):
         return
     count, classes = last.logits.shape
-    part = bce_loss(last.logits, last.mixed.targets).item(), 1.0
-    total, images = processes.total(count * torch.tensor(part, device=run.device)).tolist()
+    part = to_device(
+        [count * bce_loss(last.logits, last.mixed.targets).item(), count], run.device, sum_type(run.device)
+    )
+    total, images = processes.total(part).tolist()
     loss, equal = total / images, (math.log(classes) - (classes - 1) * math.log1p(-1 / classes)) / classes
-    if loss > equal:
+    if processes.largest(int(loss > equal * (1 + ROUNDING)), run.device):
         epoch = run.progress.epoch
         raise processes.common_error(
             f"the network is dead in epoch {epoch}: every gradient of the last batch is exactly 0, at a loss of "
