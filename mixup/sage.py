@@ -58,7 +58,8 @@ def blend(images_a: Tensor, images_b: Tensor, a: Tensor, b: Tensor, offsets: Ten
 def _blend(images_a: Tensor, a: Tensor, of_b: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Mixed images, and the mask M = A/(A + B') [B, H, W]; ``of_b`` [B, 1 + C, H, W] is B in front of the images b."""
     of_b = moved(of_b, offsets[:, None])[:, :, 0]
-    mask = a / (a + of_b[:, 0]).clamp(min=1e-16)
+    least = max(1e-16, torch.finfo(a.dtype).tiny)  # 1e-16 is 0 in float16
+    mask = a / (a + of_b[:, 0]).clamp(min=least)
     return torch.lerp(of_b[:, 1:], images_a, mask[:, None]), mask
 
 

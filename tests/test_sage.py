@@ -590,3 +590,12 @@ def test_lam_may_be_of_another_type() -> None:
         draws = SageDraws(lam, np.array([1, 0, 3, 2]), None)  # type: ignore[arg-type]
         mixed.append(sage.mix(KnownSaliency(maps, 10), images, labels, draws).images)
     assert torch.equal(*mixed)
+
+
+def test_half_precision_maps_without_saliency_give_no_nan() -> None:
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float16)
+    maps = torch.zeros(2, 8, 8, dtype=torch.float16)
+    maps[:, 2:4, 2:4] = 0.25
+    mixed, ratio = blend(images, images.flip(0), maps, maps, torch.tensor([[1, 0], [0, 7]]))
+    assert mixed.isfinite().all()
+    assert ratio.isfinite().all()
