@@ -256,8 +256,9 @@ def to_device(values: Any, device: torch.device | str, dtype: torch.dtype | None
 
 
 def to_host(tensor: Tensor) -> NDArray:
-    """A tensor as NumPy array; waits for the device."""
-    return tensor.detach().cpu().numpy()
+    """A tensor as NumPy array; waits for the device. NumPy has no bfloat16: float32 stands for it."""
+    host = tensor.detach().cpu()
+    return (host.float() if host.dtype == torch.bfloat16 else host).numpy()
 
 
 @dataclass

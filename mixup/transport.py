@@ -31,6 +31,8 @@ def transport_plan(mask: Tensor, unary: Tensor, t_eps: float) -> Tensor:
     """
     if mask.ndim != 3 or mask.shape != unary.shape:
         raise ValueError(f"mask and unary must be two [B, R, S], got {tuple(mask.shape)} and {tuple(unary.shape)}")
+    if unary.dtype.itemsize < 4:
+        unary = unary.float()  # half precision would round costs away
     rows, columns = mask.shape[1:]
     rounds, count = max(rows, columns), rows * columns
     distance = _distances(rows, columns, t_eps, unary.dtype, unary.device)

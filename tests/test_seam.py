@@ -387,3 +387,13 @@ def test_targets_are_float32_whatever_the_default_type_is(name: str, dtype: torc
     finally:
         torch.set_default_dtype(usual)
     assert step.mixed.targets.dtype == step.loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_network_of_bfloat16_trains(name: str) -> None:
+    method, model = build_method(name, "cifar10", 10), build_model("preactresnet18", 10, initial_channels=2).bfloat16()
+    draws = method.draw(np.random.default_rng(0), 3, 16, 16)
+    step = method.step(model, torch.randn(3, 3, 16, 16).bfloat16(), torch.arange(3), draws)
+    step.loss.backward()
+    assert step.loss.isfinite()
+    assert all(p.grad is not None for p in model.parameters())
