@@ -8,7 +8,8 @@
 A ROOT is a run's folder, a folder of such folders at any depth, or a runs.csv. Written are
 
     summary.md, summary.tex (booktabs)   tables: accuracy, differences, cost, settings, what is not counted
-    summary.csv                          the same numbers, a row for each data set, architecture and method
+    summary.csv                          the same numbers, a row for each data set, architecture and method; the seeds
+                                         that each number is of stand beside it
     differences.csv                      each method against the best and against vanilla, in all that was measured
     runs.csv                             a row for each run: settings, command, measurements, test accuracy by epoch
     curves.png/.pdf, cost.png/.pdf       accuracy against the epoch, with a band over seeds, and against the cost; those
@@ -411,14 +412,13 @@ def write_numbers(path: Path, groups: Sequence[Group]) -> None:
     names = ["final", "best", *COSTS, *ROBUSTNESS, *shifts]
     with atomic_write(path, "w") as file:
         writer = csv.writer(file, lineterminator="\n")
-        of_names = [f"{name}_{kind}" for name in names for kind in ("mean", "std")]
+        of_names = [f"{name}_{kind}" for name in names for kind in ("mean", "std", "seeds")]
         writer.writerow(["data", "method", "seeds", *of_names, "times_vanilla"])
         for group in groups:
-            cells = [in_words(group.values(name), 4).replace("–", "").partition(" ± ")[::2] for name in names]
-            relative = in_words([relative_cost(group, groups)], 4).replace("–", "")
-            writer.writerow(
-                [group.column, group.label, len(group.runs), *(n for pair in cells for n in pair), relative]
-            )
+            cells: list[Any] = [group.column, group.label, len(group.runs)]
+            for values in (group.values(name) for name in names):
+                cells += [*in_words(values, 4).replace("–", "").partition(" ± ")[::2], len(values)]
+            writer.writerow([*cells, in_words([relative_cost(group, groups)], 4).replace("–", "")])
 
 
 def write_differences(path: Path, groups: Sequence[Group]) -> None:

@@ -224,8 +224,12 @@ def test_robustness_of_another_kind_is_neither_averaged_nor_compared(tmp_path: P
     assert cells(text, "SAGE")[2][-4:] == ["70.00", "–", "12.00", "5.00"]
     assert "(not shown: runs with made here (utils/robustness.py; not CIFAR-10-C); 9 images; published" in text
     with open(tmp_path / "out" / "summary.csv", newline="") as file:
-        means = {row["method"]: row["corruption_error_mean"] for row in csv.DictReader(file)}
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    means = {name: row["corruption_error_mean"] for name, row in rows.items()}
     assert means == {"Vanilla": "40.0000", "CutMix": "", "SAGE": ""}
+    of = ("seeds", "final_seeds", "corruption_error_seeds", "ece_seeds", "pgd4_top1_seeds")
+    assert [rows["Vanilla"][name] for name in of] == ["3", "3", "2", "3", "0"]
+    assert [rows["CutMix"][name] for name in of] == ["1", "1", "0", "0", "0"]
 
 
 def test_fgsm_counts_whether_or_not_pgd_was_measured_too(tmp_path: Path) -> None:
