@@ -15,12 +15,16 @@ cd "$(dirname "$0")/.."
 [ $# -eq 2 ] || { echo "usage: bash scripts/gpu_check.sh DATA OUT" >&2; exit 2; }
 minutes=${MINUTES:-9}
 [[ $minutes =~ ^[1-9][0-9]{0,3}$ ]] || { echo "error: MINUTES=$minutes is not a whole number from 1 to 9999" >&2; exit 2; }
+parts=${PARTS:-benchmark tests train} device=${DEVICE:-cuda}
+for part in $parts; do
+  [[ $part =~ ^(benchmark|tests|train)$ ]] || { echo "error: PARTS has $part; give some of benchmark, tests, train" >&2; exit 2; }
+done
+[[ $device =~ ^(cuda|cpu)$ ]] || { echo "error: DEVICE=$device is neither cuda nor cpu" >&2; exit 2; }
 [ -d "$1" ] || { echo "error: there is no folder $1 with CIFAR-10" >&2; exit 2; }
 mkdir -p "$2" || exit 1
 rm -f "$2"/{default,fast}.{csv,json,log} "$2"/steps{,_fast}.{json,log} "$2"/search.{json,log} "$2/tests.log"
 data=$(cd "$1" && pwd) out=$(cd "$2" && pwd)
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-parts=${PARTS:-benchmark tests train} device=${DEVICE:-cuda}
 small_steps=() small_search=() small_run=()
 [ "$device" = cuda ] || small_steps=(--initial_channels 8 --repeats 1) small_search=(--search_sizes 16 32 --repeats 1) \
   small_run=(--initial_channels 8 --labels_per_class 50)

@@ -295,12 +295,19 @@ def test_help_on_a_terminal_without_greek() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("minutes", ["half", "2.5", "0", "-3", "09", "9 9", "123456"])
-def test_gpu_check_takes_whole_minutes(tmp_path: Path, minutes: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        *(("MINUTES", minutes, f"MINUTES={minutes} is not a whole number from 1 to 9999")
+          for minutes in ("half", "2.5", "0", "-3", "09", "9 9", "123456")),
+        ("PARTS", "tests trian", "PARTS has trian; give some of benchmark, tests, train"),
+        ("DEVICE", "gpu", "DEVICE=gpu is neither cuda nor cpu"),
+    ],
+)  # fmt: skip
+def test_gpu_check_refuses_what_it_does_not_know(tmp_path: Path, name: str, value: str, error: str) -> None:
     done = subprocess.run(
         ["bash", "scripts/gpu_check.sh", tmp_path, tmp_path / "out"],
-        cwd=ROOT, env={**ENVIRONMENT, "MINUTES": minutes}, capture_output=True, text=True, timeout=20,
+        cwd=ROOT, env={**ENVIRONMENT, name: value}, capture_output=True, text=True, timeout=20,
     )  # fmt: skip
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: MINUTES={minutes} is not a whole number from 1 to 9999\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {error}\n")
     assert not (tmp_path / "out").exists()
