@@ -54,7 +54,7 @@ from models import ARCHITECTURES, build_model
 from models.mixing import MIXING_POINTS
 from utils import errors, records
 from utils.archive import atomic_write
-from utils.device import lacks_bfloat16, prepare, set_precision
+from utils.device import emulates_bfloat16, prepare, set_precision
 from utils.errors import exit_code
 from utils.options import Parser, number, one_of
 from utils.train import step_taker
@@ -204,8 +204,9 @@ def of_process(name: str) -> float:
 
 def reachable_speed(dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second of a large matrix product or a 3×3 convolution, whichever is quicker, at its best."""
-    emulated = dtype is torch.bfloat16 and lacks_bfloat16(device)  # seconds a GFLOP on a CPU
-    side, batch = (8192, 512) if device.type == "cuda" else (512, 1) if emulated else (2048, 32)
+    side, batch = (8192, 512) if device.type == "cuda" else (2048, 32)
+    if device.type == "cpu" and dtype is torch.bfloat16 and emulates_bfloat16(device):
+        side, batch = 512, torch.get_num_threads()  # the large ones would take many minutes
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     images = torch.randn(batch, 256, 16, 16, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     kernel = torch.randn(256, 256, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)

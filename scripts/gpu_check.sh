@@ -15,8 +15,10 @@ cd "$(dirname "$0")/.."
 [ $# -eq 2 ] || { echo "usage: bash scripts/gpu_check.sh DATA OUT" >&2; exit 2; }
 minutes=${MINUTES:-9}
 [[ $minutes =~ ^[1-9][0-9]{0,3}$ ]] || { echo "error: MINUTES=$minutes is not a whole number from 1 to 9999" >&2; exit 2; }
-parts=${PARTS:-benchmark tests train} device=${DEVICE:-cuda}
-for part in $parts; do
+read -ra parts <<<"${PARTS:-benchmark tests train}"
+device=${DEVICE:-cuda}
+[ ${#parts[@]} -gt 0 ] || { echo "error: PARTS is empty; give some of benchmark, tests, train" >&2; exit 2; }
+for part in "${parts[@]}"; do
   [[ $part =~ ^(benchmark|tests|train)$ ]] || { echo "error: PARTS has $part; give some of benchmark, tests, train" >&2; exit 2; }
 done
 [[ $device =~ ^(cuda|cpu)$ ]] || { echo "error: DEVICE=$device is neither cuda nor cpu" >&2; exit 2; }
@@ -55,7 +57,7 @@ if not solver:
 PY
 cat "$out/report.md"
 
-if [[ " $parts " == *" benchmark "* ]]; then
+if [[ " ${parts[*]} " == *" benchmark "* ]]; then
   for mode in "" --fast; do
     name=steps${mode:+_fast}
     # shellcheck disable=SC2086
@@ -70,7 +72,7 @@ if [[ " $parts " == *" benchmark "* ]]; then
   done
 fi
 
-if [[ " $parts " == *" tests "* ]]; then
+if [[ " ${parts[*]} " == *" tests "* ]]; then
   within $((minutes * 20)) "$python" -m pytest -o addopts= tests/test_graph.py tests/test_devices.py -v -rfE >"$out/tests.log" 2>&1 ||
     { [ $? -ne 124 ] || note "- the tests were stopped by the time limit"; failed=1; grep -E "(^(FAILED|ERROR)| (FAILED|ERROR) +\[)" "$out/tests.log" | sed 's/^/- /' | tee -a "$out/report.md"; }
   note "Tests of test_devices.py and test_graph.py: $(tail -n 1 "$out/tests.log")"
@@ -103,7 +105,7 @@ print(f"\nSAGE on CIFAR-10{flags}: {epochs}; {statistics.median(later):.2f} s an
       f"best {max(float(row['test_top1']) for row in rows):.2f} %")
 PY
 }
-if [[ " $parts " == *" train "* ]]; then
+if [[ " ${parts[*]} " == *" train "* ]]; then
   [ "$(left)" -gt 120 ] && train default 40
   train fast "$(left)" --fast
 fi

@@ -8,8 +8,8 @@
 A ROOT is a run's folder, a folder of such folders at any depth, or a runs.csv. Written are
 
     summary.md, summary.tex (booktabs)   tables: accuracy, differences, cost, settings, what is not counted
-    summary.csv                          the same numbers, a row for each data set, architecture and method; the seeds
-                                         that each number is of stand beside it
+    summary.csv                          the same numbers, a row for each data set, architecture and method: means with
+                                         their standard deviations and numbers of seeds
     differences.csv                      each method against the best and against vanilla, in all that was measured
     runs.csv                             a row for each run: settings, command, measurements, test accuracy by epoch
     curves.png/.pdf, cost.png/.pdf       accuracy against the epoch, with a band over seeds, and against the cost; those

@@ -31,7 +31,7 @@ from mixup.puzzle import block_mask, puzzle_mix
 from mixup.sage import Sage, best_offsets, blend, gaussian_blur
 from mixup.saliency import fine_grained_saliency, mean_magnitude, saliency_pass
 from models import build_model
-from utils.device import prepare
+from utils.device import emulates_bfloat16, prepare
 from utils.train import step_taker
 
 from .common import ENVIRONMENT, MEAN, ROOT, SAGE, STD, golden, load_fixed_weights, main, normalise, rows, weights
@@ -236,6 +236,23 @@ def test_fast_is_the_same_step_in_lower_precision(name: str, device: torch.devic
     assert fast_step.loss.device.type == device.type
     torch.testing.assert_close(fast_step.loss, slow_step.loss, rtol=3e-2, atol=1e-4)
     assert F.cosine_similarity(found, expected, dim=0) > 0.8  # an untrained network magnifies rounding
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("fast", [True, False])
+def test_fast_where_it_would_be_slow_is_told(
+    native: bool, fast: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    prepare(nn.Identity(), torch.device("cpu"), fast)
+    told = ["warning: PyTorch emulates bfloat16 on this CPU: without --fast it is likely to be faster"]
+    assert caplog.messages == told * (fast and not native)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_gpus_without_bfloat16_emulate_it(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert emulates_bfloat16(torch.device("cuda")) == (not native)
 
 
 @needs_cuda

@@ -168,6 +168,7 @@ def test_benchmark_measures_what_it_is_asked_for(tmp_path: Path) -> None:
     assert result["steps"].keys() == {"vanilla", "cutmix"}
     assert "mixing" not in result
     assert result["settings"]["fast"] is True
+    assert all(0 < row["share_of_peak"] < 1 for row in result["steps"].values())
 
 
 @pytest.mark.parametrize(
@@ -301,6 +302,7 @@ def test_help_on_a_terminal_without_greek() -> None:
         *(("MINUTES", minutes, f"MINUTES={minutes} is not a whole number from 1 to 9999")
           for minutes in ("half", "2.5", "0", "-3", "09", "9 9", "123456")),
         ("PARTS", "tests trian", "PARTS has trian; give some of benchmark, tests, train"),
+        ("PARTS", " ", "PARTS is empty; give some of benchmark, tests, train"),
         ("DEVICE", "gpu", "DEVICE=gpu is neither cuda nor cpu"),
     ],
 )  # fmt: skip

@@ -131,7 +131,7 @@ def simulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(Tensor, "pin_memory", pinned)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e12, 1e12))
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *rest: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
     monkeypatch.setattr(torch, "compile", lambda forward, **how: forward)
     monkeypatch.setattr("main.build_model", small_network)
     monkeypatch.setattr(nn.Module, "to", lambda module, *given, **how: module)

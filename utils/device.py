@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .records import log
+
 
 def pick_device(ngpu: int) -> tuple[torch.device, str | None]:
     """The device for ``--ngpu`` and, where it is not what was asked for, one line that says so."""
@@ -62,9 +64,21 @@ def prepare(model: nn.Module, device: torch.device, fast: bool, batch: int | Non
     if not narrow if device.type == "cpu" else fast:
         model = model.to(memory_format=torch.channels_last)
     if fast:
+        if emulates_bfloat16(device):
+            kind = "CPU" if device.type == "cpu" else "GPU"
+            log.warning(f"warning: PyTorch emulates bfloat16 on this {kind}: without --fast it is likely to be faster")
         forward = compiled(model.forward, batch) if device.type == "cuda" else model.forward
         model.forward = torch.autocast(device.type, dtype=torch.bfloat16)(forward)
     return model
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether the device cannot compute in bfloat16 itself; on a CPU, whether PyTorch's convolutions do without
+    oneDNN then. False where PyTorch cannot tell."""
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    onednn = torch.backends.mkldnn
+    return device.type == "cpu" and not (onednn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def compiled(forward: Callable[..., Tensor], batch: int | None = None, **how: Any) -> Callable[..., Tensor]:
