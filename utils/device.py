@@ -73,8 +73,8 @@ def prepare(model: nn.Module, device: torch.device, fast: bool, batch: int | Non
 
 
 def emulates_bfloat16(device: torch.device) -> bool:
-    """Whether the device cannot compute in bfloat16 itself; on a CPU, whether PyTorch's convolutions do without
-    oneDNN then. False where PyTorch cannot tell."""
+    """Whether PyTorch has to emulate bfloat16 there: on a GPU without it, and on a CPU where oneDNN does not take it.
+    False on other devices, of which PyTorch does not tell."""
     if device.type == "cuda":
         return not torch.cuda.is_bf16_supported(including_emulation=False)
     onednn = torch.backends.mkldnn
