@@ -344,7 +344,7 @@ def other_sets(groups: Sequence[Group], caption: str) -> Iterator[Table]:
         title = how.removeprefix(SHIFT)
         for name, of in zip(names, (title, "drop", "ECE"), strict=True):
             for row, group in zip(rows, groups, strict=True):
-                row.append(in_words(group.values(name)) + of_fewer(group, name))
+                row.append(in_words(group.values(name)).replace("-", "−") + of_fewer(group, name))
             for seeds in measured(groups, name).values():
                 bold |= {(labels.index(label), len(header)) for label in leaders(seeds, is_lowest(name))}
             header.append(of)

@@ -264,7 +264,7 @@ SHIFTED = {"images": 50, "classes": 2, "corruptions": 0, "bins": 15, "top1": 60.
 def test_other_test_sets_are_a_table(tmp_path: Path) -> None:
     for method, top1 in (("vanilla", 60.0), ("sage", 65.0)):
         for seed in (1, 2):
-            sets = {"mine": SHIFTED | {"top1": top1 + seed, "digest": "abcdef0123"}, "b": SHIFTED | {"digest": "0"}}
+            sets = {"mine": SHIFTED | {"top1": top1 + seed, "digest": "abcdef0123"}, "b": SHIFTED | {"drop": -10.0, "digest": "0"}}
             evaluated(make_run(tmp_path / "runs", method, seed), shift=sets)
     evaluated(make_run(tmp_path / "runs", "sage", 3), shift={"mine": SHIFTED | {"top1": 1.0, "digest": "another"}})
     text = write(tmp_path / "runs", tmp_path / "out")
@@ -272,6 +272,7 @@ def test_other_test_sets_are_a_table(tmp_path: Path) -> None:
     assert "; mine: 50 images, 2 classes, 15 bins, digest abcdef01; drop: from the own test set's images of the" in text
     vanilla, sage = (line for line in text.splitlines() if line.startswith(("| Vanilla | **60", "| SAGE | **60")))
     assert vanilla.count("**") == 10  # all but the accuracy on "mine"
+    assert "| **−10.00 ± 0.00** |" in vanilla
     assert (
         "**66.50 ± 0.71 (2)** | **10.00 ± 0.00 (2)** | **7.00 ± 0.00 (2)** |" in sage
     )  # the other images do not count
@@ -279,7 +280,9 @@ def test_other_test_sets_are_a_table(tmp_path: Path) -> None:
     for path in (tmp_path / "out").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
     with open(tmp_path / "out" / "summary.csv", newline="") as file:
-        assert [row["shift mine top1_mean"] for row in csv.DictReader(file)] == ["61.5000", "66.5000"]
+        rows = list(csv.DictReader(file))
+    assert [row["shift mine top1_mean"] for row in rows] == ["61.5000", "66.5000"]
+    assert [row["shift b drop_mean"] for row in rows] == ["-10.0000", "-10.0000"]  # CSV keeps the ASCII sign
 
 
 def told(folder: Path, **content: Any) -> Path:
