@@ -189,7 +189,8 @@ def in_words(numbers: Sequence[float], digits: int = 2, count: bool = False) -> 
     if not numbers or math.isnan(numbers[0]):
         return "–"
     deviation = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{statistics.mean(numbers):.{digits}f}{deviation}" + f" ({len(numbers)})" * count
+    mean = round(statistics.mean(numbers), digits) + 0.0  # no −0
+    return f"{mean:.{digits}f}{deviation}" + f" ({len(numbers)})" * count
 
 
 def of_fewer(group: Group, name: str) -> str:
