@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -49,6 +50,18 @@ def test_mixed_images_have_a_title_names_of_columns_and_targets(plotted: list[Fi
     pictures.plot_mixed(Path("mixed.png"), mixed, images, data, "SAGE, epoch 7")
     (figure,) = plotted
     assert figure.get_suptitle() == "SAGE, epoch 7"
-    titles = [axes.get_title() for axes in figure.axes]
-    assert titles == ["image a", "image b", "saliency a", "saliency b", "mixed", *[""] * 5]
-    assert [axes.get_xlabel() for axes in figure.axes[4::5]] == ["75 % dog + 25 % cat", "100 % cat"]
+    (panel,) = figure.axes
+    titles, shares = ["image a", "image b", "saliency a", "saliency b", "mixed"], ["75 % dog + 25 % cat", "100 % cat"]
+    assert [text.get_text() for text in panel.texts] == titles + shares
+    lefts = [image.get_extent()[0] for image in panel.images]
+    tops = [image.get_extent()[3] for image in panel.images]
+    assert (len(set(lefts)), len(set(tops))) == (5, 2)
+    assert [lefts.count(left) for left in sorted(set(lefts))] == [2] * 5
+    shown = [panel.images[lefts.index(left)] for left in sorted(set(lefts))]
+    assert np.array_equal(shown[2].get_array(), maps[0, 0])
+    assert np.array_equal(shown[3].get_array(), maps[1, 0])
+    # each name above its column, each target below its row
+    for text, left in zip(panel.texts, sorted(set(lefts)), strict=False):
+        assert left < text.get_position()[0] < left + 1
+    for text, top in zip(panel.texts[5:], sorted(set(tops)), strict=True):
+        assert top + 1 < text.get_position()[1] < top + 1.2

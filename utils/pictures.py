@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from mixup.base import Mixed
@@ -85,22 +86,40 @@ def plot_mixed(path: Path, mixed: Mixed, images: torch.Tensor, data: Any, title:
         ("mask (white: a)", maps(mixed.mask), {"cmap": "gray", "vmin": 0, "vmax": 1}),
         ("mixed", pixels(mixed.images), {}),
     ]
-    shown = [(name, content, style) for name, content, style in columns if content is not None]
-    figure = Figure(figsize=(1.6 * len(shown), 1.85 * count), layout="constrained")
-    axes = figure.subplots(count, len(shown), squeeze=False)
-    for column, (name, content, style) in enumerate(shown):
-        for row, picture in enumerate(content):
-            axes[row, column].imshow(picture, **style)
-            axes[row, column].set_xticks([])
-            axes[row, column].set_yticks([])
-        axes[0, column].set_title(name, fontsize=11)
+    texts = []
     if mixed.targets is not None:
-        for row, target in enumerate(mixed.targets[:count].detach().float().cpu()):
+        for target in mixed.targets[:count].detach().float().cpu():
             shares = sorted(((float(v), data.classes[k]) for k, v in enumerate(target) if v > 0.005), reverse=True)
-            text = " + ".join(f"{100 * value:.0f} % {label}" for value, label in shares[:3])
-            axes[row, -1].set_xlabel(text, fontsize=9, loc="right", parse_math=False)
+            texts.append(" + ".join(f"{100 * value:.0f} % {label}" for value, label in shares[:3]))
+    figure = _mosaic([(name, content, style) for name, content, style in columns if content is not None], texts)
     figure.suptitle(title, parse_math=False)
     _save(figure, path)
+
+
+def _mosaic(columns: Sequence[tuple[str, list[np.ndarray], dict[str, Any]]], texts: Sequence[str]) -> Figure:
+    """Pictures of one size, in columns with a name, and a text below each row.
+
+    All in one panel: matplotlib takes a second to lay out a panel for each.
+    """
+    height, width = columns[0][1][0].shape[:2]
+    high, right, step = height / width, 1.06 * len(columns) - 0.06, height / width + 0.2
+    rows = len(columns[0][1])
+    figure = Figure(figsize=(1.6 * len(columns), 1.6 * (rows * step + 0.15)), layout="constrained")
+    panel = figure.subplots()
+    for column, (name, content, style) in enumerate(columns):
+        left = 1.06 * column
+        panel.text(left + 0.5, -0.06, name, fontsize=11, horizontalalignment="center")
+        for row, picture in enumerate(content):
+            panel.imshow(picture, extent=(left, left + 1, row * step + high, row * step), **style)
+            panel.add_patch(Rectangle((left, row * step), 1, high, fill=False, linewidth=0.8))
+    for row, text in enumerate(texts):
+        panel.text(
+            right, row * step + high + 0.03, text, fontsize=9, parse_math=False,
+            horizontalalignment="right", verticalalignment="top",
+        )  # fmt: skip
+    panel.set(xlim=(-0.01, right + 0.01), ylim=(rows * step, -0.01))
+    panel.set_axis_off()
+    return figure
 
 
 def _save(figure: Figure, path: Path) -> None:
