@@ -204,7 +204,7 @@ def of_process(name: str) -> float:
 
 def reachable_speed(dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second of a large matrix product or a 3×3 convolution, whichever is quicker, at its best."""
-    side, batch = (8192, 512) if device.type == "cuda" else (2048, 32)
+    side, batch, repeats = (8192, 512, 20) if device.type == "cuda" else (2048, 32, 5)
     if device.type == "cpu" and dtype is torch.bfloat16 and emulates_bfloat16(device):
         side, batch = 512, torch.get_num_threads()  # the large ones would take many minutes
     matrix = torch.randn(side, side, device=device, dtype=dtype)
@@ -214,7 +214,7 @@ def reachable_speed(dtype: torch.dtype, device: torch.device) -> float:
         2 * side**3: lambda _: matrix @ matrix,
         2 * batch * 16**2 * 256**2 * 9: lambda _: F.conv2d(images, kernel, padding=1),
     }
-    return max(count / (min(times) / 1000) for count, times in interleaved(works, 20, device).items())
+    return max(count / (min(times) / 1000) for count, times in interleaved(works, repeats, device).items())
 
 
 def growth(sizes: Sequence[float], milliseconds: Sequence[float]) -> float | None:
