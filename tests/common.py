@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -17,6 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from tests import served
+from tests.served import ENVIRONMENT, ROOT
 
 GOLDEN = Path(__file__).parent / "golden"
 MEAN = torch.tensor([125.3, 123.0, 113.9]) / 255
@@ -57,7 +59,6 @@ def load_fixed_weights(model: nn.Module) -> nn.Module:
     return model
 
 
-ROOT = Path(__file__).parent.parent
 SMALL = [
     "--arch",
     "preactresnet18",
@@ -82,17 +83,21 @@ SAGE = [
     "--update_ratio",
     "0.7",
 ]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def main(*words: object, check: int | None = 0, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run main.py; ``check`` is the exit code it must have."""
-    command = [sys.executable, "main.py", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, **options)  # type: ignore[call-overload]
+def main(*words: object, check: int | None = 0, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run main.py as ``run`` does; ``check`` is the exit code it must have."""
+    done = run("main.py", *words, fresh=fresh)
     assert "Traceback" not in done.stderr, done.stderr
     if check is not None:
         assert done.returncode == check, done.stdout + done.stderr
     return done
+
+
+def run(*words: object, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """A script as a process, in a Python that has imported everything before, or in a ``fresh`` one."""
+    command = [sys.executable if fresh else served.python(), *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,6 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def python() -> Iterator[Path]:
-    """A Python that starts in milliseconds."""
-    with served.python() as client:
-        yield client
+def python() -> Path:
+    """A Python that starts in milliseconds, and draws no pictures."""
+    return served.python(served.SPARING)

@@ -1,12 +1,13 @@
 """A Python that starts in milliseconds: a small client of a server that has imported everything once and forks.
 
 The client passes its words, environment, folder and standard streams on, then signals; it ends as its fork ends, and
-the fork with it. Else it does what ``python main.py …`` and ``python -m torch.distributed.run …`` do, without the
-pictures, which take most of the time of a small run.
+the fork with it. Else it does what ``python main.py …`` and ``python -m torch.distributed.run …`` do; by its second
+name without the pictures, which take most of the time of a small run.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -18,10 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-from tests.common import ENVIRONMENT, ROOT
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+DRAWING, SPARING = "python", "python_without_pictures"
 
 CLIENT = r"""
 import json, os, signal, socket, sys
@@ -41,23 +44,34 @@ sys.exit(code)
 """
 
 
-@contextlib.contextmanager
-def python() -> Iterator[Path]:
+@cache
+def python(name: str = DRAWING) -> Path:
     """The client, to be used in place of ``sys.executable``."""
-    with tempfile.TemporaryDirectory() as folder:  # pytest's is too long for the name of a socket
-        client, address = Path(folder, "python"), Path(folder, "socket")
+    return _start() / name
+
+
+@cache
+def _start() -> Path:
+    """The server, which goes with this process: the folder of its clients."""
+    folder = tempfile.TemporaryDirectory()  # pytest's has too long a name for a socket
+    address = Path(folder.name, "socket")
+    for name in (DRAWING, SPARING):
+        client = Path(folder.name, name)
         words = shlex.join([sys.executable, "-ISc", CLIENT, str(client), str(address)])
         client.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
         client.chmod(0o755)
-        server = subprocess.Popen([sys.executable, "-m", "tests.served", address], cwd=ROOT, env=ENVIRONMENT)
-        try:
-            while not address.exists():
-                assert server.poll() is None
-                time.sleep(0.02)
-            yield client
-        finally:
-            server.kill()
-            server.wait()
+    server = subprocess.Popen([sys.executable, "-m", "tests.served", address], cwd=ROOT, env=ENVIRONMENT)
+
+    @atexit.register
+    def stop() -> None:
+        server.kill()
+        server.wait()
+        folder.cleanup()
+
+    while not address.exists():
+        assert server.poll() is None
+        time.sleep(0.02)
+    return Path(folder.name)
 
 
 def serve(path: str) -> None:
@@ -65,9 +79,7 @@ def serve(path: str) -> None:
     import torch.distributed.run  # noqa: F401
 
     import tests.warm  # noqa: F401
-    from tests.forked import without_pictures
 
-    without_pictures()
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(f"{path}.new")
         server.listen(64)
@@ -121,6 +133,10 @@ def run(words: list[str], folder: str, environment: dict[str, str], executable: 
     os.environ.clear()
     os.environ.update(environment)
     sys.executable = executable
+    if Path(executable).name == SPARING:
+        from tests.forked import without_pictures
+
+        without_pictures()
     code: object = 1
     try:
         words = [word for word in words[:1] if word != "-u"] + words[1:]

@@ -6,8 +6,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Normalize
 
 from load_data import load
-from tests.common import ENVIRONMENT, MEAN, ROOT, SMALL, STD, main, rows
+from tests.common import MEAN, ROOT, SMALL, STD, main, rows, run
 from utils import options
 from utils.errors import BadArguments
 from utils.robustness import CORRUPTIONS, calibration, corrupt, fgsm, pgd
@@ -236,14 +234,6 @@ def test_pgd_leaves_images_alone_that_have_fallen(network: nn.Module, batch: tup
 # ----------------------------------------------------------------------------------------------------------- the script
 
 
-def run(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run the script as a process; an error is one line."""
-    command = [sys.executable, "scripts/evaluate.py", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
 CLASSES = ("blue", "green", "red")
 
 
@@ -283,8 +273,8 @@ def words(small_run: Path, images: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def result(words: list[object], small_run: Path) -> dict[str, Any]:
-    done = run(*words, "--images", 3, *ATTACKS)
-    assert done.stderr == ""
+    done = run("scripts/evaluate.py", *words, "--images", 3, *ATTACKS, fresh=True)
+    assert (done.returncode, done.stderr) == (0, "")
     return json.loads((small_run / "evaluation" / "checkpoint.json").read_text())
 
 

@@ -26,9 +26,8 @@ from utils import checkpoint, options, train
 def sage_run(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished SAGE run of three epochs."""
     root = tmp_path_factory.mktemp("runs")
-    done = main(
-        *SMALL, *SAGE, "--data_dir", tree, "--root_dir", root, "--epochs", 3, "--schedule", 1, 2, "--print_freq", 2
-    )
+    words = [*SMALL, *SAGE, "--data_dir", tree, "--root_dir", root, "--epochs", 3, "--schedule", 1, 2]
+    done = main(*words, "--print_freq", 2, fresh=True)
     assert "final 10 epoch acc (median) : " in done.stdout
     (folder,) = root.iterdir()
     return folder
