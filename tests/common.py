@@ -95,7 +95,8 @@ def main(*words: object, check: int | None = 0, fresh: bool = False) -> subproce
 
 
 def run(*words: object, fresh: bool = False) -> subprocess.CompletedProcess[str]:
-    """A script as a process, in a Python that has imported everything before, or in a ``fresh`` one."""
+    """A script as a process, in a Python that has imported everything before; or in a ``fresh`` one, as the first run
+    of each program is, so that its own imports and its exit are tested."""
     command = [sys.executable if fresh else served.python(), *map(str, words)]
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
 

@@ -1,8 +1,8 @@
 """A Python that starts in milliseconds: a small client of a server that has imported everything once and forks.
 
 The client passes its words, environment, folder and standard streams on, then signals; it ends as its fork ends, and
-the fork with it. Else it does what ``python main.py …`` and ``python -m torch.distributed.run …`` do; by its second
-name without the pictures, which take most of the time of a small run.
+the fork with it. Otherwise it does what ``python main.py …`` and ``python -m torch.distributed.run …`` do; the client
+``python_without_pictures`` leaves out the pictures, which take most of the time of a small run.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _start() -> Path:
 
 
 def serve(path: str) -> None:
-    """Fork for every client, for ever."""
+    """Fork for every client, as long as the process that started this one lives."""
     import torch.distributed.run  # noqa: F401
 
     import tests.warm  # noqa: F401
@@ -84,8 +84,13 @@ def serve(path: str) -> None:
         server.bind(f"{path}.new")
         server.listen(64)
         os.rename(f"{path}.new", path)
-        while True:
-            client, _ = server.accept()
+        server.settimeout(5)
+        parent = os.getppid()
+        while os.getppid() == parent:
+            try:
+                client, _ = server.accept()
+            except TimeoutError:
+                continue
             if os.fork() == 0:
                 server.close()
                 keep(client)
@@ -149,6 +154,8 @@ def run(words: list[str], folder: str, environment: dict[str, str], executable: 
         code = 0
     except SystemExit as stop:
         code = stop.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     sys.stdout.flush()

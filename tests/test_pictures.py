@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mixup.base import Mixed, bce_loss
@@ -42,10 +43,12 @@ def test_curves_have_ticks_at_whole_epochs_and_name_what_was_trained_on(
 
 
 def test_mixed_images_have_a_title_names_of_columns_and_targets(plotted: list[Figure]) -> None:
-    images = torch.zeros(2, 3, 4, 4)
+    images, partners, blend = torch.rand(3, 2, 3, 4, 4)
     maps = torch.rand(2, 2, 4, 4)
     targets = torch.tensor([[0.25, 0.75], [1, 0]])
-    mixed = Mixed(images, targets, torch.zeros(()), partner=images, saliency=(maps[0], maps[1]), loss_function=bce_loss)
+    mixed = Mixed(
+        blend, targets, torch.zeros(()), partner=partners, saliency=(maps[0], maps[1]), loss_function=bce_loss
+    )
     data: Any = SimpleNamespace(mean=(0.5,) * 3, std=(0.25,) * 3, classes=["cat", "dog"])
     pictures.plot_mixed(Path("mixed.png"), mixed, images, data, "SAGE, epoch 7")
     (figure,) = plotted
@@ -58,10 +61,27 @@ def test_mixed_images_have_a_title_names_of_columns_and_targets(plotted: list[Fi
     assert (len(set(lefts)), len(set(tops))) == (5, 2)
     assert [lefts.count(left) for left in sorted(set(lefts))] == [2] * 5
     shown = [panel.images[lefts.index(left)] for left in sorted(set(lefts))]
+    for image, normalised in zip((shown[0], shown[1], shown[4]), (images, partners, blend), strict=True):
+        pixels = (normalised[0] * 0.25 + 0.5).clamp(0, 1).permute(1, 2, 0)
+        assert np.array_equal(image.get_array(), pixels)
     assert np.array_equal(shown[2].get_array(), maps[0, 0])
     assert np.array_equal(shown[3].get_array(), maps[1, 0])
     # each name above its column, each target below its row
-    for text, left in zip(panel.texts, sorted(set(lefts)), strict=False):
+    for text, left in zip(panel.texts[:5], sorted(set(lefts)), strict=True):
         assert left < text.get_position()[0] < left + 1
+        assert text.get_position()[1] < 0
     for text, top in zip(panel.texts[5:], sorted(set(tops)), strict=True):
         assert top + 1 < text.get_position()[1] < top + 1.2
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("length", [3, 60])
+def test_long_names_of_classes_leave_mixed_images_their_size(plotted: list[Figure], length: int) -> None:
+    images = torch.rand(6, 3, 4, 4)
+    mixed = Mixed(images, torch.full((6, 2), 0.5), torch.zeros(()), partner=images, loss_function=bce_loss)
+    data: Any = SimpleNamespace(mean=(0.5,) * 3, std=(0.25,) * 3, classes=["c" * length, "d" * length])
+    pictures.plot_mixed(Path("mixed.png"), mixed, images, data, "CutMix, epoch 0")
+    (figure,) = plotted
+    FigureCanvasAgg(figure).draw()
+    (panel,) = figure.axes
+    assert 140 < panel.transData.transform((1, 0))[0] - panel.transData.transform((0, 0))[0] < 160

@@ -1,4 +1,4 @@
-"""What the fork server of test_faults.py imports once: all that a run needs, and the fonts of its pictures."""
+"""What the servers of forked.py and served.py import once: all that a run needs, and the fonts of its pictures."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory

@@ -99,7 +99,7 @@ def plot_mixed(path: Path, mixed: Mixed, images: torch.Tensor, data: Any, title:
 def _mosaic(columns: Sequence[tuple[str, list[np.ndarray], dict[str, Any]]], texts: Sequence[str]) -> Figure:
     """Pictures of one size, in columns with a name, and a text below each row.
 
-    All in one panel: matplotlib takes a second to lay out a panel for each.
+    All in one panel: to lay out one for each picture takes matplotlib about a second in all.
     """
     height, width = columns[0][1][0].shape[:2]
     high, right, step = height / width, 1.06 * len(columns) - 0.06, height / width + 0.2
@@ -115,7 +115,7 @@ def _mosaic(columns: Sequence[tuple[str, list[np.ndarray], dict[str, Any]]], tex
     for row, text in enumerate(texts):
         panel.text(
             right, row * step + high + 0.03, text, fontsize=9, parse_math=False,
-            horizontalalignment="right", verticalalignment="top",
+            horizontalalignment="right", verticalalignment="top", in_layout=False,
         )  # fmt: skip
     panel.set(xlim=(-0.01, right + 0.01), ylim=(rows * step, -0.01))
     panel.set_axis_off()
