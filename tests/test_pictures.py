@@ -74,6 +74,21 @@ def test_mixed_images_have_a_title_names_of_columns_and_targets(plotted: list[Fi
         assert top + 1 < text.get_position()[1] < top + 1.2
 
 
+@pytest.mark.parametrize("losses", [(0.16, 1.3), (0.451, 0.453), (1e-4, 5.0), (0.5, 0.5)])
+def test_losses_have_plain_numbers_at_their_axis(plotted: list[Figure], losses: tuple[float, float]) -> None:
+    rows = [
+        {**dict.fromkeys(records.COLUMNS, loss), "epoch": epoch, "valid_loss": None, "valid_top1": None}
+        for epoch, loss in enumerate(losses)
+    ]
+    pictures.plot_curves(Path("curves.png"), rows, "SAGE", [1])
+    (figure,) = plotted
+    FigureCanvasAgg(figure).draw()
+    low, high = figure.axes[0].get_ylim()
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels(which="both")]
+    values = [float(label.replace("−", "-")) for label in labels if label]
+    assert [value for value in values if low <= value <= high]
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("length", [3, 60])
 def test_long_names_of_classes_leave_mixed_images_their_size(plotted: list[Figure], length: int) -> None:

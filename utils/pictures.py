@@ -11,7 +11,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from mixup.base import Mixed
 
@@ -49,6 +49,9 @@ def plot_curves(
     panels[0].set_ylabel("loss")
     panels[0].set_title("train: binary cross-entropy; test: cross-entropy")
     panels[0].set_yscale("log")
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].yaxis.set_minor_formatter(NullFormatter())
     panels[1].set_ylabel("top-1 accuracy [%]")
     best = best_row(rows)
     panels[1].set_title(
