@@ -148,9 +148,9 @@ def make_parser() -> Parser:
 def named_path(text: str) -> tuple[str, Path]:
     """NAME=PATH."""
     name, sign, path = text.partition("=")
-    if not (sign and path and re.fullmatch(r"[\w.+-][\w.+ -]{0,39}", name)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH with a name of letters, digits, . + -")
-    return name.strip(), Path(path)
+    if not (sign and path and re.fullmatch(r"[\w.+-]{1,40}", name)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH with a name of letters, digits, . + - _")
+    return name, Path(path)
 
 
 def evaluate(args: argparse.Namespace, given: set[str]) -> int:

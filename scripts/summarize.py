@@ -39,7 +39,7 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +71,7 @@ from utils.results import (
     words,
     write_table,
 )
-from utils.statistics import RULE, Difference, best_of, compared, leaders
+from utils.statistics import LEVEL, RULE, Difference, best_of, compared, leaders
 from utils.tables import Table, latex, markdown
 
 # Colour (after Okabe and Ito, told apart by colour-blind readers) and marker of each method, in the order of
@@ -235,13 +235,23 @@ def what_is_bold(groups: Sequence[Group], name: str) -> Iterator[str]:
     counted = [len(seeds) > 1 for column, rows in columns.items() if bold[column] for seeds in rows.values()]
     several = [column for column, rows in columns.items() if len(rows) > 1]
     if any(bold.values()):
+        found = [of for column, rows in columns.items() if bold[column] for of in against_best(rows, name)]
         count = sum(map(len, bold.values()))
         text = f"Bold are the highest mean and those that cannot be told from it, {count} of {sum(counted)} ({RULE})."
         if count > 2 and 2 * count > sum(counted):
             text += " That so many are bold says that these seeds do not tell them apart, not that they are equal."
+        text += " The highest was chosen from these numbers: p-values against it are too small."
+        if any(math.isnan(of.p) and not math.isnan(of.value) for of in found):
+            text += " A difference that is the same for every seed has no p-value; it counts as told."
         yield text
     if any(not bold[column] for column in several):
         yield "Nothing is bold where the highest mean, or every other, is of one seed: they cannot be compared."
+
+
+def against_best(rows: Mapping[str, Mapping[str, float]], name: str) -> Iterable[Difference]:
+    """What each row of one column and measure differs from the best by."""
+    best = best_of(rows, is_lowest(name))
+    return [] if best is None else compared(rows, best).values()
 
 
 def comparisons(groups: Sequence[Group]) -> Iterator[Comparison]:
@@ -278,8 +288,9 @@ def differences(groups: Sequence[Group]) -> Iterator[Table | str]:
         yield (
             "Each test is two-sided: a paired t-test over common seeds where there are at least 3, else Welch's where "
             "both have at least 2. Intervals are not adjusted for the number of comparisons; p-values are (Holm, over "
-            "the rows of a table). The best was chosen from the same numbers, which makes it look further ahead than "
-            "it is: p-values against it are too small."
+            "the rows of a table)."
+            + " The best was chosen from the same numbers, which makes it look further ahead than it is: p-values "
+            "against it are too small." * any(of.against == "best" for of in told)
         )
 
 
@@ -294,7 +305,8 @@ def number(value: float) -> str:
 
 def small(p: float) -> str:
     """A p-value; a dash for none."""
-    return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    digits = 4 if LEVEL - 0.0005 <= p < LEVEL else 3  # not rounded to the level
+    return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.{digits}f}"
 
 
 def details(groups: Sequence[Group], caption: str) -> Table:
@@ -332,7 +344,10 @@ def details(groups: Sequence[Group], caption: str) -> Table:
         caption += "".join(
             f"; {how}: {kind}" for kind in usual
         ) + f" (not shown: runs with {'; '.join(sorted(others))})" * bool(others)
-    caption += "; bold: the best of a column and each that cannot be told from it" * bool(bold)
+    caption += (
+        "; bold: the best of a column and each that cannot be told from it, none where the best is of one seed"
+        * bool(bold)
+    )
     return Table(caption, header, rows, bold, breaks=(4, len(header) - len(robust)))
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from tests.common import MEAN, ROOT, SMALL, STD, main, rows, run
 from utils import options
 from utils.errors import BadArguments
 from utils.robustness import CORRUPTIONS, calibration, corrupt, fgsm, pgd
-from utils.test_sets import CIFAR10, CIFAR100, CLASSES_OF_ARRAYS, corrupted_sets
+from utils.test_sets import CIFAR10, CIFAR100, CLASSES_OF_ARRAYS, corrupted_sets, open_set
 
 # ---------------------------------------------------------------------------------------------------------- calibration
 
@@ -594,7 +595,18 @@ def other_sets(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_other_test_sets(words: list[object], images: Path, other_sets: Path, tmp_path: Path) -> None:
+def test_other_test_sets(
+    words: list[object], images: Path, other_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts import evaluate as script
+
+    figures, save = [], script.save
+
+    def kept(job: Any, figure: Any, ending: str) -> None:
+        figures.extend([figure] * (ending == "_shift.png"))
+        save(job, figure, ending)
+
+    monkeypatch.setattr(script, "save", kept)
     named = {
         "all": images,
         "some": other_sets / "some",
@@ -625,6 +637,10 @@ def test_other_test_sets(words: list[object], images: Path, other_sets: Path, tm
     assert "](checkpoint_shift.png)" in text
     with Image.open(tmp_path / "checkpoint_shift.png") as picture:
         assert min(picture.size) > 200
+    (figure,) = figures
+    own, this = ([bar.get_height() for bar in figure.axes[0].containers[i].patches] for i in range(2))
+    assert own == [of["own_top1"] for of in sets.values()]
+    assert this == [of["top1"] for of in sets.values()]
     # a later call adds a set, and measures one anew; --images is of corrupted sets
     again = [
         "--shift",
@@ -639,6 +655,37 @@ def test_other_test_sets(words: list[object], images: Path, other_sets: Path, tm
     assert later["shift"]["arrays"]["path"] == str(images / "test")
     assert later["shift"]["some"] == sets["some"]
     assert later["shift"]["few"]["images"] == 24
+
+
+def test_classes_may_be_named_after_numbers(tmp_path: Path) -> None:
+    """A tree test/1/ is not corrupted images of severity 1; nor does a file beside the severities matter."""
+    data: Any = SimpleNamespace(classes=["0", "1", "3", "5"], image_size=(32, 32))
+    for name in data.classes:
+        for folder in (tmp_path / "digits" / "test" / name, tmp_path / "digits" / "train" / name):
+            folder.mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(folder / "0.png")
+    ((name, severity, split),) = open_set(tmp_path / "digits", data, lambda labels: np.arange(len(labels)), print)
+    assert (name, severity, split.labels.tolist()) == ("", 0, [0, 1, 2, 3])
+    for severity in range(1, 6):
+        shutil.copytree(tmp_path / "digits" / "test", tmp_path / "corrupted" / "fog" / str(severity))
+    (tmp_path / "corrupted" / "fog" / ".DS_Store").write_bytes(b"")
+    found = list(open_set(tmp_path / "corrupted", data, lambda labels: np.arange(len(labels)), print))
+    assert [(name, severity) for name, severity, _ in found] == [("fog", severity) for severity in range(1, 6)]
+
+
+def test_published_arrays_may_be_another_test_set(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.tile(np.arange(10), 10).astype(np.uint8)  # 20 images, five severities
+    images = rng.integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
+    for name, array in (("labels", labels), ("fog", images), ("snow", images[::-1])):
+        np.save(tmp_path / f"{name}.npy", array)
+    data: Any = SimpleNamespace(classes=CIFAR10, image_size=(32, 32))
+    found = list(open_set(tmp_path, data, lambda labels: np.flatnonzero(labels < 2), print))
+    assert [(name, severity) for name, severity, _ in found] == [(n, s) for n in ("fog", "snow") for s in range(1, 6)]
+    for i, (_, _, split) in enumerate(found[:5]):
+        assert split.labels.tolist() == [0, 1, 0, 1]
+        rows = 20 * i + np.array([0, 1, 10, 11])
+        assert np.array_equal(split.images.permute(0, 2, 3, 1), images[rows])
 
 
 def test_other_test_sets_that_do_not_fit_are_refused(
@@ -665,6 +712,7 @@ def test_other_test_sets_that_do_not_fit_are_refused(
         (2, f"x={tmp_path / 'nowhere'}", "there is no folder"),
         (2, "x", "not NAME=PATH"),
         (2, "a|b=x", "not NAME=PATH"),
+        (2, "a top1=x", "not NAME=PATH"),
         (2, f"x={tmp_path / 'ten'}", "is of CIFAR-10's classes"),
         (2, f"x={tmp_path / 'two'}", "v4_data.npy, v6_data.npy"),
         (2, f"x={tmp_path / 'fifo'}", "there is no file"),

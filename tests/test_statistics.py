@@ -104,6 +104,13 @@ def test_leaders_are_the_best_and_what_cannot_be_told_from_it() -> None:
     assert leaders(rows) == {"near", "best"}
     assert leaders(rows, lowest=True) == {"far"}
     assert leaders({name: rows[name] for name in ("far", "best")}) == {"best"}  # two rows
+    # The best mean is of seeds that the other row lacks: over the common ones the other is ahead, which keeps it bold.
+    ahead = {"best": seeds(70, 71, 72, 80, 81), "ahead": seeds(71, 72.01, 73.02)}
+    assert compared(ahead, "best")["ahead"].adjusted < 0.001
+    assert leaders(ahead) == {"best", "ahead"}
+    assert leaders({name: {seed: -value for seed, value in of.items()} for name, of in ahead.items()}, lowest=True) == {
+        "best", "ahead",
+    }  # fmt: skip
     tie = {"a": seeds(70, 70), "b": seeds(70, 70)}
     assert best_of(tie) == "a"
     assert leaders(tie) == {"a", "b"}

@@ -388,6 +388,35 @@ def three_methods(root: Path) -> Path:
     return root
 
 
+@pytest.mark.parametrize(
+    ("p", "shown"),
+    [(0.0004, "< 0.001"), (0.02, "0.020"), (0.0497, "0.0497"), (0.05, "0.050"), (0.9, "0.900"), (math.nan, "–")],
+)
+def test_a_p_value_is_not_rounded_across_the_level(p: float, shown: str) -> None:
+    assert summarize.small(p) == shown
+
+
+def test_a_difference_that_does_not_vary_is_explained(tmp_path: Path) -> None:
+    for seed, top1 in enumerate((70.0, 71.0, 73.5), 1):
+        make_run(tmp_path / "runs", "vanilla", seed, top1)
+        make_run(tmp_path / "runs", "input", seed, top1 + 0.05)
+    text = write(tmp_path / "runs", tmp_path / "out")
+    assert "**71.55" in text
+    assert "**71.50" not in text
+    assert "A difference that is the same for every seed has no p-value; it counts as told." in text
+
+
+def test_only_what_is_compared_with_the_best_speaks_of_it(tmp_path: Path) -> None:
+    """The best is of one seed, so that the only differences are from vanilla."""
+    for seed in (1, 2):
+        make_run(tmp_path / "runs", "vanilla", seed, 70.0 + seed)
+        make_run(tmp_path / "runs", "input", seed, 69.0 + seed * 2)
+    make_run(tmp_path / "runs", "cutmix", 1, 80.0)
+    text = write(tmp_path / "runs", tmp_path / "out")
+    assert "difference from Vanilla" in text
+    assert "chosen from" not in text
+
+
 def test_differences_from_the_best_and_from_vanilla(tmp_path: Path) -> None:
     text = write(three_methods(tmp_path / "runs"), tmp_path / "out")
     section = text[text.index(", final: difference from") : text.index("Each test is two-sided")]
@@ -408,6 +437,7 @@ def test_differences_from_the_best_and_from_vanilla(tmp_path: Path) -> None:
     assert rows["best", "vanilla", "Puzzle Mix"]["p"] == ""
     latex = (tmp_path / "out" / "summary.tex").read_text()
     assert r"CutMix & $-$2.83" not in latex
+    assert r"{\footnotesize Each test is two-sided" in latex  # below the tables, not as a comment
     assert r"Vanilla & $-$2.83 & $-$7.85 to +2.19 & 0.272 & paired, 3 seeds \\" in latex
 
 
@@ -755,6 +785,18 @@ def test_errors_cost_one_line(
     error = capsys.readouterr().err
     assert left == code, error
     assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("seed", ["01", "1.0", " 1"])
+def test_one_seed_cannot_be_written_in_two_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: str) -> None:
+    make_run(tmp_path / "runs", "vanilla", 1)
+    write_table(tmp_path / "runs.csv", read_roots([tmp_path / "runs"]))
+    text = (tmp_path / "runs.csv").read_text()
+    (tmp_path / "runs.csv").write_text(text.replace(",vanilla,1,", f",vanilla,{seed},"))
+    assert summarize.main([str(tmp_path / "runs.csv"), "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "runs.csv" in error
     assert error.count("\n") == 1
 
 

@@ -304,6 +304,8 @@ def check(row: Row) -> None:
     texts += [row.get(name, "") for names in shifts.values() for name in names]
     if not all(math.isfinite(float(text)) for text in [*texts, *(row[name] for name in needed)]):
         raise ValueError("a number is not finite")
+    if row["seed"] != str(int(row["seed"])):  # 1 and 01 would count as two
+        raise ValueError(f"seed {row['seed']!r}")
     percents = [row["final"], row["best"], row["clean_top1"], *row["curve"].split()]
     percents += [row[f"{name} top1"] for name in shifts]
     if not all(0 <= float(text) <= 100 for text in percents if text):

@@ -93,10 +93,11 @@ def best_of(rows: Mapping[Name, Seeds], lowest: bool = False) -> Name | None:
 
 
 def leaders(rows: Mapping[Name, Seeds], lowest: bool = False) -> set[Name]:
-    """The best row and those that cannot be told from it. Rows of one seed cannot be compared and are never among
-    them; where none can be compared with the best, nobody leads."""
+    """The best row and those that are not told to be worse. Rows of one seed cannot be compared and are never among
+    them; where none can be compared with the best, nobody leads. Over the common seeds another row may be ahead."""
     best = best_of(rows, lowest)
     found = {} if best is None else compared(rows, best)
     if best is None or all(math.isnan(of.value) for of in found.values()):
         return set()
-    return {best} | {row for row, of in found.items() if of.adjusted >= LEVEL}
+    sign = -1 if lowest else 1
+    return {best} | {row for row, of in found.items() if of.adjusted >= LEVEL or sign * of.value > 0}

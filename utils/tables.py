@@ -48,8 +48,9 @@ def markdown(content: Content, wanted: Iterable[str]) -> str:
 
 
 def latex(content: Content, wanted: Iterable[str]) -> str:
-    """The wanted sections, sentences as comments. A table that is wider than a page's text is broken into several,
-    below each other under one caption, each with the first column."""
+    """The wanted sections. Sentences behind a table stand below it, those of a section without one are comments. A
+    table that is wider than a page's text is broken into several, below each other under one caption, each with the
+    first column."""
 
     def plain(text: str) -> str:
         return "".join(SPECIAL.get(sign, sign) for sign in " ".join(text.split()))
@@ -67,15 +68,19 @@ def latex(content: Content, wanted: Iterable[str]) -> str:
         opened = rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}"
         return "\n".join([opened, r"\toprule", top, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"])
 
-    blocks = [r"% \usepackage{booktabs}"]
-    for part in (part for name in wanted for part in content[name]):
-        if isinstance(part, str):
-            blocks.append("% " + " ".join(part.split()))
-            continue
-        tabulars = "\n\n\\medskip\n".join(tabular(part, columns) for columns in broken(part))
-        caption = rf"\caption{{{plain(part.caption)}.}}\smallskip"
-        opened = "\n".join([r"\begin{table}", r"\centering\small\setlength{\tabcolsep}{4pt}", caption])
-        blocks.append(f"{opened}\n\n{tabulars}\n\\end{{table}}")
+    blocks, end = [r"% \usepackage{booktabs}"], "\n\\end{table}"
+    for name in wanted:
+        for before, part in zip([None, *content[name]], content[name], strict=False):
+            if isinstance(part, Table):
+                tabulars = "\n\n\\medskip\n".join(tabular(part, columns) for columns in broken(part))
+                caption = rf"\caption{{{plain(part.caption)}.}}\smallskip"
+                opened = "\n".join([r"\begin{table}", r"\centering\small\setlength{\tabcolsep}{4pt}", caption])
+                blocks.append(f"{opened}\n\n{tabulars}{end}")
+            elif before is None or not blocks[-1].endswith(end):
+                blocks.append("% " + " ".join(part.split()))
+            else:
+                below = rf"\parbox{{\linewidth}}{{\footnotesize {plain(part)}}}"
+                blocks[-1] = f"{blocks[-1].removesuffix(end)}\n\n\\medskip\n{below}{end}"
     return "\n\n".join(blocks) + "\n"
 
 

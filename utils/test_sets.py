@@ -54,7 +54,7 @@ def open_set(path: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray],
     """
     if is_corrupted(path):
         for corruption in corruptions_below(path)[:1]:  # before anything is measured
-            folder = next(iter(sorted(corruption.iterdir())))
+            folder = next(of for of in sorted(corruption.iterdir()) if of.is_dir())
             common_classes(folder, [of.name for of in folder.iterdir()], data.classes)
         return corrupted_sets(path, data, choose)
     pairs = [path] if path.name.endswith("_data.npy") else sorted(path.glob("*_data.npy"))
@@ -74,8 +74,10 @@ def is_corrupted(path: Path) -> bool:
 
 
 def corruptions_below(path: Path) -> list[Path]:
-    """The folders of a corrupted tree: those that have folders named after severities."""
+    """The folders of a corrupted tree: those that have folders named after severities, but for splits, whose classes
+    may be named after numbers."""
     folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir()] if path.is_dir() else []
+    folders = [folder for folder in folders if folder.name not in ("train", "val", "test")]
     return [folder for folder in folders if (folder / "1").is_dir() or (folder / str(SEVERITIES)).is_dir()]
 
 
