@@ -193,6 +193,11 @@ def in_words(numbers: Sequence[float], digits: int = 2, count: bool = False) -> 
     return f"{mean:.{digits}f}{deviation}" + f" ({len(numbers)})" * count
 
 
+def minus(text: str) -> str:
+    """A number with the sign of print."""
+    return text.replace("-", "−")
+
+
 def of_fewer(group: Group, name: str) -> str:
     """The number of runs that have a measurement, where these are some but not all."""
     count = len(group.values(name))
@@ -296,11 +301,9 @@ def differences(groups: Sequence[Group]) -> Iterator[Table | str]:
 
 def number(value: float) -> str:
     """With its sign; a dash for none."""
-    return (
-        "–"
-        if math.isnan(value)
-        else f"{value:+.2f}".replace("-", "−").replace("+0.00", "0.00").replace("−0.00", "0.00")
-    )
+    if math.isnan(value):
+        return "–"
+    return minus(f"{value:+.2f}") if round(value, 2) else "0.00"
 
 
 def small(p: float) -> str:
@@ -360,7 +363,7 @@ def other_sets(groups: Sequence[Group], caption: str) -> Iterator[Table]:
         title = how.removeprefix(SHIFT)
         for name, of in zip(names, (title, "drop", "ECE"), strict=True):
             for row, group in zip(rows, groups, strict=True):
-                row.append(in_words(group.values(name)).replace("-", "−") + of_fewer(group, name))
+                row.append(minus(in_words(group.values(name))) + of_fewer(group, name))
             for seeds in measured(groups, name).values():
                 bold |= {(labels.index(label), len(header)) for label in leaders(seeds, is_lowest(name))}
             header.append(of)
