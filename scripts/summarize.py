@@ -194,7 +194,7 @@ def in_words(numbers: Sequence[float], digits: int = 2, count: bool = False) -> 
 
 
 def minus(text: str) -> str:
-    """A number with the sign of print."""
+    """A number with a typographic minus sign."""
     return text.replace("-", "−")
 
 
@@ -240,23 +240,24 @@ def what_is_bold(groups: Sequence[Group], name: str) -> Iterator[str]:
     counted = [len(seeds) > 1 for column, rows in columns.items() if bold[column] for seeds in rows.values()]
     several = [column for column, rows in columns.items() if len(rows) > 1]
     if any(bold.values()):
-        found = [of for column, rows in columns.items() if bold[column] for of in against_best(rows, name)]
+        families = [compared(rows, best_of(rows)) for column, rows in columns.items() if bold[column]]
         count = sum(map(len, bold.values()))
-        text = f"Bold are the highest mean and those that cannot be told from it, {count} of {sum(counted)} ({RULE})."
+        text = f"Bold are the highest mean and those not told to be below it, {count} of {sum(counted)} ({RULE})."
         if count > 2 and 2 * count > sum(counted):
             text += " That so many are bold says that these seeds do not tell them apart, not that they are equal."
-        text += " The highest was chosen from these numbers: p-values against it are too small."
-        if any(math.isnan(of.p) and not math.isnan(of.value) for of in found):
+        if any(map(was_chosen, families)):
+            text += " The highest was chosen from these numbers: p-values against it are too small."
+        if any(math.isnan(of.p) and of.value < 0 for family in families for of in family.values()):
             text += " A difference that is the same for every seed has no p-value; it counts as told."
         yield text
     if any(not bold[column] for column in several):
         yield "Nothing is bold where the highest mean, or every other, is of one seed: they cannot be compared."
 
 
-def against_best(rows: Mapping[str, Mapping[str, float]], name: str) -> Iterable[Difference]:
-    """What each row of one column and measure differs from the best by."""
-    best = best_of(rows, is_lowest(name))
-    return [] if best is None else compared(rows, best).values()
+def was_chosen(family: Mapping[str, Difference]) -> bool:
+    """Whether the row that these are compared with is the best of several that are tested, which favours it; of two
+    rows a two-sided test asks nothing else."""
+    return sum(not math.isnan(of.value) for of in family.values()) > 1
 
 
 def comparisons(groups: Sequence[Group]) -> Iterator[Comparison]:
@@ -291,11 +292,11 @@ def differences(groups: Sequence[Group]) -> Iterator[Table | str]:
         yield Table(caption, ["method", "difference", "95 % interval", "p", "test"], rows)
     if told:
         yield (
-            "Each test is two-sided: a paired t-test over common seeds where there are at least 3, else Welch's where "
-            "both have at least 2. Intervals are not adjusted for the number of comparisons; p-values are (Holm, over "
-            "the rows of a table)."
+            "Each test in these tables is two-sided: a paired t-test over common seeds where there are at least 3, else "
+            "Welch's where both have at least 2. Intervals are not adjusted for the number of comparisons; p-values are "
+            "(Holm, over the rows of a table)."
             + " The best was chosen from the same numbers, which makes it look further ahead than it is: p-values "
-            "against it are too small." * any(of.against == "best" for of in told)
+            "against it are too small." * any(of.against == "best" and was_chosen(of.differences) for of in told)
         )
 
 
@@ -308,8 +309,9 @@ def number(value: float) -> str:
 
 def small(p: float) -> str:
     """A p-value; a dash for none."""
-    digits = 4 if LEVEL - 0.0005 <= p < LEVEL else 3  # not rounded to the level
-    return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.{digits}f}"
+    if LEVEL - 0.0005 <= p < LEVEL:  # not rounded to the level
+        return f"{math.floor(p * 1e4) / 1e4:.4f}"
+    return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def details(groups: Sequence[Group], caption: str) -> Table:
@@ -348,8 +350,8 @@ def details(groups: Sequence[Group], caption: str) -> Table:
             f"; {how}: {kind}" for kind in usual
         ) + f" (not shown: runs with {'; '.join(sorted(others))})" * bool(others)
     caption += (
-        "; bold: the best of a column and each that cannot be told from it, none where the best is of one seed"
-        * bool(bold)
+        "; bold: the best of a column, chosen from these numbers, and each not told to be worse; none where the best is "
+        "of one seed" * bool(bold)
     )
     return Table(caption, header, rows, bold, breaks=(4, len(header) - len(robust)))
 

@@ -76,6 +76,7 @@ def _start() -> Path:
 
 def serve(path: str) -> None:
     """Fork for every client, as long as the process that started this one lives."""
+    parent = os.getppid()
     import torch.distributed.run  # noqa: F401
 
     import tests.warm  # noqa: F401
@@ -85,7 +86,6 @@ def serve(path: str) -> None:
         server.listen(64)
         os.rename(f"{path}.new", path)
         server.settimeout(5)
-        parent = os.getppid()
         while os.getppid() == parent:
             try:
                 client, _ = server.accept()

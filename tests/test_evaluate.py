@@ -658,7 +658,7 @@ def test_other_test_sets(
 
 
 def test_classes_may_be_named_after_numbers(tmp_path: Path) -> None:
-    """A tree test/1/ is not corrupted images of severity 1; nor does a file beside the severities matter."""
+    """A tree test/1/ is not corrupted images of severity 1; nor does what lies beside the severities matter."""
     data: Any = SimpleNamespace(classes=["0", "1", "3", "5"], image_size=(32, 32))
     for name in data.classes:
         for folder in (tmp_path / "digits" / "test" / name, tmp_path / "digits" / "train" / name):
@@ -669,6 +669,7 @@ def test_classes_may_be_named_after_numbers(tmp_path: Path) -> None:
     for severity in range(1, 6):
         shutil.copytree(tmp_path / "digits" / "test", tmp_path / "corrupted" / "fog" / str(severity))
     (tmp_path / "corrupted" / "fog" / ".DS_Store").write_bytes(b"")
+    (tmp_path / "corrupted" / "fog" / ".cache").mkdir()
     found = list(open_set(tmp_path / "corrupted", data, lambda labels: np.arange(len(labels)), print))
     assert [(name, severity) for name, severity, _ in found] == [("fog", severity) for severity in range(1, 6)]
 

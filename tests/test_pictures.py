@@ -60,12 +60,13 @@ def test_mixed_images_have_a_title_names_of_columns_and_targets(plotted: list[Fi
     tops = [image.get_extent()[3] for image in panel.images]
     assert (len(set(lefts)), len(set(tops))) == (5, 2)
     assert [lefts.count(left) for left in sorted(set(lefts))] == [2] * 5
-    shown = [panel.images[lefts.index(left)] for left in sorted(set(lefts))]
-    for image, normalised in zip((shown[0], shown[1], shown[4]), (images, partners, blend), strict=True):
-        pixels = (normalised[0] * 0.25 + 0.5).clamp(0, 1).permute(1, 2, 0)
-        assert np.array_equal(image.get_array(), pixels)
-    assert np.array_equal(shown[2].get_array(), maps[0, 0])
-    assert np.array_equal(shown[3].get_array(), maps[1, 0])
+    shown = {(image.get_extent()[3], image.get_extent()[0]): image.get_array() for image in panel.images}
+    for row, top in enumerate(sorted(set(tops))):
+        cells = [shown[top, left] for left in sorted(set(lefts))]
+        for cell, normalised in zip((cells[0], cells[1], cells[4]), (images, partners, blend), strict=True):
+            assert np.array_equal(cell, (normalised[row] * 0.25 + 0.5).clamp(0, 1).permute(1, 2, 0))
+        for cell, saliency in zip(cells[2:4], maps, strict=True):
+            assert np.array_equal(cell, saliency[row])
     # each name above its column, each target below its row
     for text, left in zip(panel.texts[:5], sorted(set(lefts)), strict=True):
         assert left < text.get_position()[0] < left + 1

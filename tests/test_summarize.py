@@ -390,7 +390,15 @@ def three_methods(root: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("p", "shown"),
-    [(0.0004, "< 0.001"), (0.02, "0.020"), (0.0497, "0.0497"), (0.05, "0.050"), (0.9, "0.900"), (math.nan, "–")],
+    [
+        (0.0004, "< 0.001"),
+        (0.02, "0.020"),
+        (0.0497, "0.0497"),
+        (0.04999, "0.0499"),
+        (0.05, "0.050"),
+        (0.9, "0.900"),
+        (math.nan, "–"),
+    ],
 )
 def test_a_p_value_is_not_rounded_across_the_level(p: float, shown: str) -> None:
     assert summarize.small(p) == shown
@@ -404,6 +412,7 @@ def test_a_difference_that_does_not_vary_is_explained(tmp_path: Path) -> None:
     assert "**71.55" in text
     assert "**71.50" not in text
     assert "A difference that is the same for every seed has no p-value; it counts as told." in text
+    assert "p-values against it" not in text  # of two rows: a two-sided test asks for nothing else
 
 
 def test_only_what_is_compared_with_the_best_speaks_of_it(tmp_path: Path) -> None:
@@ -414,12 +423,12 @@ def test_only_what_is_compared_with_the_best_speaks_of_it(tmp_path: Path) -> Non
     make_run(tmp_path / "runs", "cutmix", 1, 80.0)
     text = write(tmp_path / "runs", tmp_path / "out")
     assert "difference from Vanilla" in text
-    assert "chosen from" not in text
+    assert "p-values against it" not in text
 
 
 def test_differences_from_the_best_and_from_vanilla(tmp_path: Path) -> None:
     text = write(three_methods(tmp_path / "runs"), tmp_path / "out")
-    section = text[text.index(", final: difference from") : text.index("Each test is two-sided")]
+    section = text[text.index(", final: difference from") : text.index("Each test in these tables is two-sided")]
     against_best, against_vanilla = section.split("difference from")[1:]
     assert against_best.startswith(" CutMix, the best, in points")
     assert against_vanilla.startswith(" Vanilla, in points")
@@ -437,7 +446,9 @@ def test_differences_from_the_best_and_from_vanilla(tmp_path: Path) -> None:
     assert rows["best", "vanilla", "Puzzle Mix"]["p"] == ""
     latex = (tmp_path / "out" / "summary.tex").read_text()
     assert r"CutMix & $-$2.83" not in latex
-    assert r"{\footnotesize Each test is two-sided" in latex  # below the tables, not as a comment
+    below = latex[latex.index(r"\parbox{\linewidth}{\footnotesize Each test in these tables is two-sided") :]
+    assert below[: below.index("\n")].endswith("}")
+    assert below.splitlines()[1] == r"\end{table}"  # in the float, not as a comment
     assert r"Vanilla & $-$2.83 & $-$7.85 to +2.19 & 0.272 & paired, 3 seeds \\" in latex
 
 

@@ -54,7 +54,7 @@ def open_set(path: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray],
     """
     if is_corrupted(path):
         for corruption in corruptions_below(path)[:1]:  # before anything is measured
-            folder = next(of for of in sorted(corruption.iterdir()) if of.is_dir())
+            folder = next(of for of in (corruption / "1", corruption / str(SEVERITIES)) if of.is_dir())
             common_classes(folder, [of.name for of in folder.iterdir()], data.classes)
         return corrupted_sets(path, data, choose)
     pairs = [path] if path.name.endswith("_data.npy") else sorted(path.glob("*_data.npy"))
