@@ -292,9 +292,9 @@ def differences(groups: Sequence[Group]) -> Iterator[Table | str]:
         yield Table(caption, ["method", "difference", "95 % interval", "p", "test"], rows)
     if told:
         yield (
-            "Each test in these tables is two-sided: a paired t-test over common seeds where there are at least 3, else "
-            "Welch's where both have at least 2. Intervals are not adjusted for the number of comparisons; p-values are "
-            "(Holm, over the rows of a table)."
+            "Each test in these tables is two-sided: a paired t-test over common seeds where there are at least 3, "
+            "else Welch's where both have at least 2. Intervals are not adjusted for the number of comparisons; "
+            "p-values are (Holm, over the rows of a table)."
             + " The best was chosen from the same numbers, which makes it look further ahead than it is: p-values "
             "against it are too small." * any(of.against == "best" and was_chosen(of.differences) for of in told)
         )
@@ -350,8 +350,8 @@ def details(groups: Sequence[Group], caption: str) -> Table:
             f"; {how}: {kind}" for kind in usual
         ) + f" (not shown: runs with {'; '.join(sorted(others))})" * bool(others)
     caption += (
-        "; bold: the best of a column, chosen from these numbers, and each not told to be worse; none where the best is "
-        "of one seed" * bool(bold)
+        "; bold: the best of a column, chosen from these numbers, and each not told to be worse; none where the best "
+        "is of one seed" * bool(bold)
     )
     return Table(caption, header, rows, bold, breaks=(4, len(header) - len(robust)))
 
