@@ -234,9 +234,9 @@ def is_lowest(measure: str) -> bool:
 
 
 def what_is_bold(groups: Sequence[Group], name: str) -> Iterator[str]:
-    """What bold means in a table of one measure, and how much of it is."""
+    """What bold means in a table of one accuracy, and how much of it is."""
     columns = measured(groups, name)
-    bold = {column: leaders(rows, is_lowest(name)) for column, rows in columns.items()}
+    bold = {column: leaders(rows) for column, rows in columns.items()}
     counted = [len(seeds) > 1 for column, rows in columns.items() if bold[column] for seeds in rows.values()]
     several = [column for column, rows in columns.items() if len(rows) > 1]
     if any(bold.values()):

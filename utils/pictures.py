@@ -104,14 +104,14 @@ def _mosaic(columns: Sequence[tuple[str, list[np.ndarray], dict[str, Any]]], tex
 
     All in one panel: to lay out one for each picture takes matplotlib about a second in all.
     """
-    height, width = columns[0][1][0].shape[:2]
-    high, right, step = height / width, 1.06 * len(columns) - 0.06, height / width + 0.2
-    rows = len(columns[0][1])
+    first = columns[0][1]
+    rows, high, gap = len(first), first[0].shape[0] / first[0].shape[1], 0.06  # in widths of a picture
+    step, right = high + 0.2, len(columns) * (1 + gap) - gap
     figure = Figure(figsize=(1.6 * len(columns), 1.6 * (rows * step + 0.15)), layout="constrained")
     panel = figure.subplots()
     for column, (name, content, style) in enumerate(columns):
-        left = 1.06 * column
-        panel.text(left + 0.5, -0.06, name, fontsize=11, horizontalalignment="center")
+        left = column * (1 + gap)
+        panel.text(left + 0.5, -gap, name, fontsize=11, horizontalalignment="center")
         for row, picture in enumerate(content):
             panel.imshow(picture, extent=(left, left + 1, row * step + high, row * step), **style)
             panel.add_patch(Rectangle((left, row * step), 1, high, fill=False, linewidth=0.8))
