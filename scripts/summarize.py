@@ -395,7 +395,8 @@ def described(groups: Sequence[Group]) -> Iterator[str]:
     if rows:
         dates = " to ".join(dict.fromkeys(date[:10] for date in (used["date"][0], used["date"][-1])))
         with_commit = f"; commit {', '.join(commits)}" if commits else ""
-        made = f"{len(rows)} runs on {'; '.join(used['device'])}; PyTorch {', '.join(used['torch'])}"
+        runs = f"{len(rows)} run{'s' * (len(rows) > 1)}"
+        made = f"{runs} on {'; '.join(used['device'])}; PyTorch {', '.join(used['torch'])}"
         yield f"{made}; {dates}{with_commit}."
 
 

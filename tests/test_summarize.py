@@ -328,7 +328,7 @@ def test_an_evaluation_of_another_test_set_does_not_count(tmp_path: Path) -> Non
 
 def test_runs_without_digests_count_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "runs", "vanilla", 1)
-    write(tmp_path / "runs", tmp_path / "out")
+    assert "\n1 run on " in write(tmp_path / "runs", tmp_path / "out")
     assert "warning: 1 runs are of an older version" in capsys.readouterr().err
     table = (tmp_path / "out" / "runs.csv").read_text()
     old = table.replace(",train_digest,test_digest,begun_from", "", 1).replace(" 70,,,", " 70")
