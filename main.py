@@ -25,11 +25,11 @@ import torch
 from load_data import Data
 from mixup import build_method
 from models import build_model
-from utils import checkpoint, options, processes, records, runs
+from utils import checkpoint, distributed, options, records, runs
 from utils import train as loop
 from utils.device import pick_device, prepare, set_precision
+from utils.distributed import World
 from utils.errors import BadArguments, StopSignal, exit_code
-from utils.processes import World
 from utils.records import log
 from utils.runs import Identity, Progress, Run, Training
 
@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(args: argparse.Namespace, given: set[str]) -> int:
     """Train, from the start or from where the run's folder stands."""
-    if processes.must_launch(args.ngpu):
-        return processes.launch(args.ngpu, sys.argv)
-    world = processes.join(args.ngpu, args.batch_size)
+    if distributed.must_launch(args.ngpu):
+        return distributed.launch(args.ngpu, sys.argv)
+    world = distributed.join(args.ngpu, args.batch_size)
     device, warning = pick_device(args.ngpu)
     set_precision(args.deterministic)
     method = build_method(args.method, args.dataset, 2, **options.method_settings(args))
@@ -55,14 +55,14 @@ def train(args: argparse.Namespace, given: set[str]) -> int:
         records.start_log(quiet=world.rank > 0)
         if warning:
             log.warning(f"warning: {warning}")
-        with processes.one_first(world):  # one process of a machine decodes and caches the images
+        with distributed.one_first(world):  # one process of a machine decodes and caches the images
             data = options.load_images(args, given)
         run = make_run(args, data, device, world)
         run.folder, run.lock, run.stop, run.resume = folder, lock, stop, args.resume
         resumed = checkpoint.read_resume(run, args.resume)
-        if processes.from_first(checkpoint.is_finished(run)):
+        if distributed.from_first(checkpoint.is_finished(run)):
             runs.write_missing_config(run, vars(args))
-            processes.leave()
+            distributed.leave()
             return 0
         records.log_into(folder / "log.txt" if folder else None)
         checkpoint.restore(run, resumed)
@@ -76,7 +76,7 @@ def train(args: argparse.Namespace, given: set[str]) -> int:
         else:
             loop.plot_curves(run)
             log.info(runs.write_result(run))
-        processes.leave()
+        distributed.leave()
         return stop.exit_code if stopped else 0
 
 
@@ -93,7 +93,7 @@ def make_run(args: argparse.Namespace, data: Data, device: torch.device, world: 
     torch.manual_seed(args.seed)
     model = build_model(args.arch, len(data.classes), data.stride, args.initial_channels, args.dropout)
     if args.sync_bn:
-        model = processes.synchronise_batch_norm(model)
+        model = distributed.synchronise_batch_norm(model)
     model = prepare(model, device, args.fast, args.batch_size // world.size)
     optimizer = torch.optim.SGD(
         model.parameters(), args.learning_rate, args.momentum, weight_decay=args.decay, nesterov=args.momentum > 0,

@@ -53,9 +53,9 @@ from mixup.settings import NORMALISATION
 from models import ARCHITECTURES, build_model
 from models.mixing import MIXING_POINTS
 from utils import errors, records
-from utils.archive import atomic_write
 from utils.device import emulates_bfloat16, prepare, set_precision
 from utils.errors import exit_code
+from utils.files import atomic_write
 from utils.options import Parser, number, one_of
 from utils.train import step_taker
 

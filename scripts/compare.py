@@ -47,9 +47,9 @@ from mixup.settings import NORMALISATION
 from models import ARCHITECTURES, build_model
 from models.mixing import MIXING_POINTS
 from utils import errors, images
-from utils.archive import atomic_write
 from utils.checkpoint import PixelNetwork, load_network
 from utils.errors import BadArguments, UserError, exit_code
+from utils.files import atomic_write
 from utils.options import Parser, number, one_of
 
 SIDE = 32  # images are cropped to multiples of it; without a network, SAGE's blur is a pixel of images of this side

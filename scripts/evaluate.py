@@ -55,9 +55,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from load_data import Data, Split, split_digest, test_batches
 from utils import checkpoint, errors, options, records
-from utils.archive import atomic_write
 from utils.device import device_name, pick_device, prepare, set_precision
 from utils.errors import BadArguments, UserError, exit_code
+from utils.files import atomic_write
 from utils.options import Parser, number, one_of
 from utils.records import log
 from utils.robustness import CORRUPTIONS, SEVERITIES, calibration, corrupt, fgsm, pgd

@@ -30,9 +30,9 @@ from mixup import build_method
 from mixup.base import Method, Mixed
 from mixup.search import best_offsets, every_offset, exact_scores
 from utils import checkpoint, errors, options, results
-from utils.archive import atomic_write
 from utils.device import pick_device, prepare, set_precision
 from utils.errors import BadArguments, UserError, exit_code
+from utils.files import atomic_write
 from utils.options import Parser, number
 
 SHARES = (0.01, 0.1, 1.0)

@@ -50,8 +50,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mixup import METHODS
 from utils import errors
-from utils.archive import atomic_write
 from utils.errors import BadArguments, UserError, exit_code
+from utils.files import atomic_write
 from utils.options import Parser
 from utils.pictures import whole_numbers
 from utils.results import (

@@ -1,25 +1,29 @@
-"""What tests share: golden vectors with the fixed weights they were made with, and main.py as a process."""
+"""What tests share: golden vectors with the fixed weights they were made with, and the programs in this process."""
 
 from __future__ import annotations
 
 import csv
+import importlib
+import io
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests import served
-from tests.served import ENVIRONMENT, ROOT
-
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 GOLDEN = Path(__file__).parent / "golden"
 MEAN = torch.tensor([125.3, 123.0, 113.9]) / 255
 STD = torch.tensor([63.0, 62.1, 66.7]) / 255
@@ -85,20 +89,47 @@ SAGE = [
 ]
 
 
-def main(*words: object, check: int | None = 0, fresh: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run main.py as ``run`` does; ``check`` is the exit code it must have."""
-    done = run("main.py", *words, fresh=fresh)
-    assert "Traceback" not in done.stderr, done.stderr
+class Done(NamedTuple):
+    """What a command left: its exit code and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def main(*words: object, check: int | None = 0) -> Done:
+    """main.py in this process; ``check`` is the exit code it must have."""
+    done = run("main.py", *words)
     if check is not None:
         assert done.returncode == check, done.stdout + done.stderr
     return done
 
 
-def run(*words: object, fresh: bool = False) -> subprocess.CompletedProcess[str]:
-    """A script as a process, in a Python that has imported everything before; or in a ``fresh`` one, as the first run
-    of each program is, so that its own imports and its exit are tested."""
-    command = [sys.executable if fresh else served.python(), *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+def run(program: str, *words: object) -> Done:
+    """A program of the project in this process, as its command line runs it: its own streams, signals put back."""
+    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    out, err = io.StringIO(), io.StringIO()
+    argv, sys.argv, folder = sys.argv, [program, *map(str, words)], os.getcwd()
+    os.chdir(ROOT)
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            code = module.main(sys.argv[1:])
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    finally:
+        os.chdir(folder)
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        torch.use_deterministic_algorithms(False)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def process(*words: object, **how: Any) -> subprocess.CompletedProcess[str]:
+    """A program in a process of its own, for what one process cannot show: imports, kills, signals."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, **how)
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

@@ -17,8 +17,8 @@ from mixup.settings import NORMALISATION
 from models import ARCHITECTURES, build_model
 from tests.common import ENVIRONMENT, ROOT
 from utils import archive, checkpoint
-from utils.archive import atomic_write
 from utils.errors import UserError
+from utils.files import atomic_write
 from utils.unpickle import Inert
 
 

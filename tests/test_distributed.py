@@ -24,10 +24,10 @@ from mixup import METHODS, build_method
 from models import build_model
 from tests import forked
 from tests.common import ENVIRONMENT, ROOT, SAGE, SMALL, load_fixed_weights, rows, weights
-from utils import processes, train
+from utils import distributed, train
 from utils.device import step_generator
+from utils.distributed import World
 from utils.errors import UserError
-from utils.processes import World
 from utils.runs import Progress, Training
 
 IMAGES = 12
@@ -60,7 +60,7 @@ def is_dead(world: World, saturated: int) -> bool:
     torch.manual_seed(0)
     model, method = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), build_method("vanilla", "cifar10", 10)
     images, labels = (tensor[world.part(IMAGES)] for tensor in batch(IMAGES))
-    parallel = processes.data_parallel(model, processes.ImageWeight())
+    parallel = distributed.data_parallel(model, distributed.ImageWeight())
     step = method.step(parallel, images * (1e6 if world.rank == saturated else 1), labels, None)
     step.loss.backward()
     run: Any = SimpleNamespace(
@@ -87,17 +87,17 @@ def work(rank: int, size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     world = World(rank, size, rank)
     found: dict[str, Any] = {}
-    weight = processes.ImageWeight()
+    weight = distributed.ImageWeight()
     for name in METHODS:
         model = network()
-        one_step(processes.data_parallel(model, weight), name, world)
+        one_step(distributed.data_parallel(model, weight), name, world)
         found[name] = gradients(model)
     weight.value = len(range(UNEVEN)[world.part(UNEVEN)]) * size / UNEVEN
     model = network()
-    one_step(processes.data_parallel(model, weight), "vanilla", world, UNEVEN)
+    one_step(distributed.data_parallel(model, weight), "vanilla", world, UNEVEN)
     found["uneven"] = gradients(model)
-    model = processes.synchronise_batch_norm(network())
-    one_step(processes.data_parallel(model, weight), "vanilla", world, UNEVEN)
+    model = distributed.synchronise_batch_norm(network())
+    one_step(distributed.data_parallel(model, weight), "vanilla", world, UNEVEN)
     found["sync_bn"] = gradients(model)
     found["sync_bn_buffers"] = dict(model.named_buffers())
     data = sample_data()
@@ -302,7 +302,7 @@ def test_one_command_starts_a_process_for_each_gpu(
 ) -> None:
     """``launch`` types the command again under torchrun; here its processes use the CPU."""
     program = tmp_path / "launch.py"
-    program.write_text("import sys\nfrom utils import processes\nsys.exit(processes.launch(2, sys.argv[1:]))\n")
+    program.write_text("import sys\nfrom utils import distributed\nsys.exit(distributed.launch(2, sys.argv[1:]))\n")
     command = [python, program, "main.py", *words, "--root_dir", tmp_path]
     process = spawn(*command)
     wait_for_an_epoch(process, tmp_path)
@@ -363,7 +363,7 @@ def test_synchronised_batch_norm_keeps_bfloat16() -> None:
         plain, norm = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
         x = torch.randn(25, 3, 28, 28)
         expected = plain(x)
-        processes.synchronise_batch_norm(norm)
+        distributed.synchronise_batch_norm(norm)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = norm(x.bfloat16())
         assert found.dtype == torch.bfloat16
@@ -383,7 +383,7 @@ def test_a_meeting_ignores_the_words_of_dead_processes() -> None:
 
             def meet(rank: int, late: int = late) -> str:
                 time.sleep(0.1 * (rank == late))
-                return processes.agreed_name(store, World(rank, size, rank))
+                return distributed.agreed_name(store, World(rank, size, rank))
 
             names.append(set(pool.map(meet, range(size))))
     assert [len(found) for found in names] == [1, 1, 1]
@@ -392,12 +392,12 @@ def test_a_meeting_ignores_the_words_of_dead_processes() -> None:
 
 def test_processes_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     server = dist.TCPStore("localhost", 0, is_master=True)
-    monkeypatch.setattr(processes, "MEETING", timedelta(seconds=0.2))
+    monkeypatch.setattr(distributed, "MEETING", timedelta(seconds=0.2))
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": server.port, "TORCHELASTIC_USE_AGENT_STORE": True}
     for rank in (0, 1):
         place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "none"}
         for name, value in {**address, **place}.items():
             monkeypatch.setenv(name, str(value))
         with pytest.raises(UserError, match=f"process {rank} did not meet the other 1: .+"):
-            processes.join(0, 100)
+            distributed.join(0, 100)
     assert not dist.is_initialized()

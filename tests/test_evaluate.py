@@ -274,7 +274,7 @@ def words(small_run: Path, images: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def result(words: list[object], small_run: Path) -> dict[str, Any]:
-    done = run("scripts/evaluate.py", *words, "--images", 3, *ATTACKS, fresh=True)
+    done = run("scripts/evaluate.py", *words, "--images", 3, *ATTACKS)
     assert (done.returncode, done.stderr) == (0, "")
     return json.loads((small_run / "evaluation" / "checkpoint.json").read_text())
 

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from mixup import METHODS, build_method
 from tests import forked
 from tests.common import rows
-from utils import archive, checkpoint, options, processes, runs, train
-from utils.archive import remove_leftovers
+from utils import archive, checkpoint, distributed, options, runs, train
 from utils.errors import UserError
+from utils.files import remove_leftovers
 from utils.runs import Progress, Training
 
 KILLS = 7  # of each method
@@ -828,7 +828,7 @@ def test_equal_probabilities_go_on(classes: int) -> None:
 def test_all_processes_decide_alike_on_a_dead_network(monkeypatch: pytest.MonkeyPatch) -> None:
     for others, logit, dead in (([0, 1], 50, True), ([0, 0], -50, False)):
         agreed = iter(others)
-        monkeypatch.setattr(processes, "largest", lambda value, device, agreed=agreed: next(agreed))
+        monkeypatch.setattr(distributed, "largest", lambda value, device, agreed=agreed: next(agreed))
         assert is_dead(logits_of(logit)) == dead
 
 

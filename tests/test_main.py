@@ -27,7 +27,7 @@ def sage_run(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished SAGE run of three epochs."""
     root = tmp_path_factory.mktemp("runs")
     words = [*SMALL, *SAGE, "--data_dir", tree, "--root_dir", root, "--epochs", 3, "--schedule", 1, 2]
-    done = main(*words, "--print_freq", 2, fresh=True)
+    done = main(*words, "--print_freq", 2)
     assert "final 10 epoch acc (median) : " in done.stdout
     (folder,) = root.iterdir()
     return folder

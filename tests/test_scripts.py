@@ -21,7 +21,7 @@ from tests.common import ENVIRONMENT, ROOT
 
 def run(script: str, *words: object, fresh: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a script, which must succeed."""
-    done = common.run(f"scripts/{script}", *words, fresh=fresh)
+    done = common.run(f"scripts/{script}", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -63,7 +63,7 @@ def test_compare_mixes_any_three_images(checkpoint: Path, tmp_path: Path) -> Non
 
 
 def test_compare_draws_a_strip_of_each_method(tmp_path: Path) -> None:
-    done = run("compare.py", "--image_size", 32, "--strips", tmp_path, fresh=True)
+    done = run("compare.py", "--image_size", 32, "--strips", tmp_path)
     files = {tmp_path / f"{name}.png" for name in METHODS}
     assert set(tmp_path.iterdir()) == files
     assert set(map(Path, done.stdout.splitlines())) == files
@@ -154,7 +154,7 @@ def test_benchmark_counts_the_operations_of_all_passes() -> None:
 
 def test_benchmark_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
     words = "--parts mixing --methods puzzle cutmix --image_size 33 --batch_size 4 --repeats 1 --initial_channels 2"
-    done = run("benchmark.py", *words.split(), "--out", tmp_path / "b.json", fresh=True)
+    done = run("benchmark.py", *words.split(), "--out", tmp_path / "b.json")
     assert json.loads((tmp_path / "b.json").read_text())["mixing"].keys() == {"cutmix"}
     assert "puzzle is left out: none of (2, 4, 8, 16) blocks a side" in done.stdout
 

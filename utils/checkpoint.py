@@ -26,9 +26,10 @@ from load_data import IMAGE_SIZES, Data, steps_per_epoch, stride_of
 from mixup.settings import NORMALISATION, Colour
 from models import build_model
 
-from . import options, processes, records, runs
-from .archive import COMMENT_MARK, DamagedCheckpoint, atomic_write, link, load
+from . import distributed, options, records, runs
+from .archive import COMMENT_MARK, DamagedCheckpoint, load
 from .errors import BadArguments, UserError, is_out_of_memory
+from .files import atomic_write, link
 from .records import log
 from .runs import Progress, Run
 
@@ -213,7 +214,7 @@ def restore(run: Run, resumed: dict[str, Any] | None) -> None:
         with well_formed(source):
             there = runs.identity_of(state)
         runs.refuse_another(source, there, run.identity)
-    state = processes.from_first(state)
+    state = distributed.from_first(state)
     if state is None:
         return
     refuse_other_classes(state.get("classes", run.data.classes), run.data.classes, source)

@@ -34,8 +34,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from .archive import atomic_write, open_regular, remove_leftovers
+from .archive import open_regular
 from .errors import UserError, is_out_of_memory, out_of_memory
+from .files import atomic_write, remove_leftovers
 
 TINY_ARCHIVE = "tiny-imagenet-200.zip (http://cs231n.stanford.edu/tiny-imagenet-200.zip)"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")

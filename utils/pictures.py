@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from mixup.base import Mixed
 
-from .archive import atomic_write
+from .files import atomic_write
 from .records import best_row
 
 

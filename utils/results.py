@@ -19,8 +19,8 @@ from mixup import METHODS, all_settings, build_method
 from models import ARCHITECTURES
 
 from . import options, records
-from .archive import atomic_write
 from .errors import UserError
+from .files import atomic_write
 from .runs import Identity, differences
 
 Key = tuple[str, ...]

@@ -26,10 +26,10 @@ from mixup import build_method
 from mixup.base import Method
 
 from . import options, records
-from .archive import remove_leftovers
 from .device import device_name
+from .distributed import ImageWeight, World
 from .errors import BadArguments, StopSignal, UserError
-from .processes import ImageWeight, World
+from .files import remove_leftovers
 from .records import log
 
 LOCK = ".lock"

@@ -17,11 +17,11 @@ from tqdm import tqdm
 from load_data import Data, Split, steps_per_epoch, test_batches, train_batches
 from mixup.base import Method, Step, bce_loss, to_device
 
-from . import checkpoint, pictures, processes, records
+from . import checkpoint, distributed, pictures, records
 from .device import peak_memory, step_generator
+from .distributed import World
 from .errors import StopSignal, UserError
 from .graph import Captured, Take
-from .processes import World
 from .records import log
 from .runs import MIXED, MIXED_LAST, Run
 
@@ -37,7 +37,7 @@ ROUNDING = 1e-4  # of a loss, relative; float32 is far more exact
 
 def fit(run: Run) -> None:
     """Train to the last epoch, or until a signal; everything is saved when this returns."""
-    network = processes.data_parallel(run.model, run.weight)
+    network = distributed.data_parallel(run.model, run.weight)
     record = run.training.fast and run.world.size == 1
     step = with_errors_named(run, step_taker(run.method, network, run.optimizer, run.device, record))
     kept = Records(run)
@@ -112,7 +112,7 @@ def after_batch(run: Run, meter: Meter, result: Step, images: Tensor) -> bool:
     meter.show(run.count_time())
     if run.world.size > 1 and run.progress.step % AGREE_STEPS:
         return False
-    wanted = processes.largest(run.stop.exit_code or int(save_is_due(run)), run.device)
+    wanted = distributed.largest(run.stop.exit_code or int(save_is_due(run)), run.device)
     if wanted:
         meter.settle()
     if wanted == 1:
@@ -124,7 +124,7 @@ def after_batch(run: Run, meter: Meter, result: Step, images: Tensor) -> bool:
 def after_epoch(run: Run, kept: Records) -> bool:
     """Evaluate, save where due, and write the records; False if a signal came before the epoch was evaluated."""
     progress, evaluation_began = run.progress, time.monotonic()
-    processes.share_buffers(run.model)
+    distributed.share_buffers(run.model)
     row: dict[str, Any] = dict.fromkeys(records.COLUMNS)
     row.update(epoch=progress.epoch, learning_rate=run.training.rate(progress.epoch), **scores(progress.sums, "train"))
     try:
@@ -167,7 +167,7 @@ def save(run: Run) -> None:
 
 def stopped(run: Run) -> bool:
     """Whether a signal came, to any rank; then every rank has its exit code."""
-    agreed = processes.largest(run.stop.exit_code, run.device)
+    agreed = distributed.largest(run.stop.exit_code, run.device)
     run.stop.exit_code = max(run.stop.exit_code, agreed)  # one that came while the ranks agreed counts next time
     return agreed > 0
 
@@ -227,7 +227,7 @@ class Meter:
     def settle(self) -> None:
         """Put the sums of all ranks into the run's progress; waits for the device, which takes time too."""
         self.read()
-        self.run.progress.sums = processes.total(self.sums).tolist()
+        self.run.progress.sums = distributed.total(self.sums).tolist()
         self.run.count_time()
         refuse_dead_network(self.run, self.last)
 
@@ -359,7 +359,7 @@ def evaluate(
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums[number] = torch.stack([loss, *hits(logits, labels)])
     model.train(was_training)
-    return scores([*processes.total(sums).sum(dim=0).tolist(), len(split)], prefix)
+    return scores([*distributed.total(sums).sum(dim=0).tolist(), len(split)], prefix)
 
 
 def sum_type(device: torch.device) -> torch.dtype:
@@ -401,17 +401,17 @@ def refuse_dead_network(run: Run, last: Step | None) -> None:
     if last is None:
         return
     gradients = (parameter.grad for parameter in run.model.parameters() if parameter.grad is not None)
-    if processes.largest(int(any(bool(gradient.any()) for gradient in gradients)), run.device):
+    if distributed.largest(int(any(bool(gradient.any()) for gradient in gradients)), run.device):
         return
     count, classes = last.logits.shape
     part = to_device(
         [count * bce_loss(last.logits, last.mixed.targets).item(), count], run.device, sum_type(run.device)
     )
-    total, images = processes.total(part).tolist()
+    total, images = distributed.total(part).tolist()
     loss, equal = total / images, (math.log(classes) - (classes - 1) * math.log1p(-1 / classes)) / classes
-    if processes.largest(int(loss > equal * (1 + ROUNDING)), run.device):
+    if distributed.largest(int(loss > equal * (1 + ROUNDING)), run.device):
         epoch = run.progress.epoch
-        raise processes.common_error(
+        raise distributed.common_error(
             f"the network is dead in epoch {epoch}: every gradient of the last batch is exactly 0, at a loss of "
             f"{loss:.4g}, where equal probabilities have {equal:.4g} ({run.method.name}, learning rate "
             f"{run.training.rate(epoch):g}). Try a smaller --learning_rate, with an --add_name; the last good "
