@@ -11,7 +11,6 @@ below --runs (folders, or tables of scripts/summarize.py) whose settings differ 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from collections import defaultdict
@@ -29,7 +28,7 @@ from load_data import Split, test_batches
 from mixup import build_method
 from mixup.base import Method, Mixed
 from mixup.search import best_offsets, every_offset, exact_scores
-from utils import checkpoint, errors, options, results
+from utils import checkpoint, errors, options, tables
 from utils.device import pick_device, prepare, set_precision
 from utils.errors import BadArguments, UserError, exit_code
 from utils.files import atomic_write
@@ -149,17 +148,16 @@ def lam_of_each(number_of_batch: int, method: Method, device: torch.device) -> t
 def accuracies(roots: Sequence[Path]) -> dict[float, list[float]]:
     """Final accuracies of the finished SAGE runs, a list for each share of the offsets."""
     found: dict[float, list[float]] = {share: [] for share in SHARES}
-    kinds = set()
-    for row in results.read_roots(roots) if roots else []:
-        share = re.search(r"rand_pos=(\S+)", row["settings"])
-        if row["method"] == "sage" and row["state"] == "finished" and share and float(share[1]) in found:
-            found[float(share[1])].append(float(row["final"]))
-            alike = [row[name] for name in (*results.COLUMN, *results.ROW)]
-            kinds.add(re.sub(r"rand_pos=\S+", "", " ".join(alike)))
-    if len(kinds) > 1:
-        raise UserError(
-            f"--runs holds SAGE runs that differ in more than --rand_pos and seed: {'; '.join(sorted(kinds))}"
-        )
+    if roots:
+        runs, _ = tables.counted(tables.read_runs(roots))
+        runs = runs[runs["method"] == "sage"]
+        shares = runs["settings"].str.extract(r"rand_pos=(\S+)", expand=False).astype(float)
+        others = runs[tables.must_agree(runs.columns)].drop(columns=["table", "label"])
+        others["settings"] = others["settings"].str.replace(r"rand_pos=\S+ ?", "", regex=True)
+        if len(others.drop_duplicates()) > 1:
+            raise UserError("--runs holds SAGE runs that differ in more than --rand_pos and seed")
+        for share in SHARES:
+            found[share] = runs["final"][shares == share].tolist()
     return found
 
 

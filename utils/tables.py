@@ -1,117 +1,360 @@
-"""Tables as text: Markdown, and LaTeX with booktabs."""
+"""Runs as one pandas table, a row a run: reading and checking, grouping, and tests over seeds.
+
+What scripts/evaluate.py measured is in columns named ``MEASURE [SET: HOW]``, such as ``fgsm 4 [test: 500 images]``:
+what was measured in two ways is in two columns, and never averaged.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import pairwise
-from typing import NamedTuple
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
 
-TEXT_WIDTH, BETWEEN = 345, 8  # of LaTeX's article class and between columns, in pt
-SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
-SPECIAL |= {sign: "\\" + sign for sign in "{}_&%$#"} | {"×": r"$\times$", "–": "--", "“": "``", "”": "''"}
-SPECIAL |= {"<": "$<$", ">": "$>$", "|": "$|$", "−": "$-$", "≥": r"$\ge$"}
+import numpy as np
+import pandas as pd
+from scipy import stats
 
+from mixup import METHODS, build_method
 
-class Table(NamedTuple):
-    """A caption, the header, the cells of each row, which of them (row, column) are bold, and before which columns a
-    table that is too wide for a page is broken first."""
+from .checkpoint import BEST, LAST
+from .errors import UserError
+from .files import atomic_write, read_json
+from .records import best_row, final_accuracy
 
-    caption: str
-    header: list[str]
-    rows: list[list[str]]
-    bold: Collection[tuple[int, int]] = ()
-    breaks: Collection[int] = ()
-
-
-Content = Mapping[str, Sequence[Table | str]]  # by section: tables, and the sentences that go with them
-
-
-def markdown(content: Content, wanted: Iterable[str]) -> str:
-    """The wanted sections; numbers at the right."""
-
-    def plain(text: str) -> str:
-        return re.sub(r"([\\`*<>|\[\]$])", r"\\\1", " ".join(text.split()))
-
-    blocks = []
-    for part in (part for name in wanted for part in content[name]):
-        if isinstance(part, str):
-            blocks.append(plain(part))
-            continue
-        side = " --- |" if part.header[0] == "run" else " ---: |"
-        lines = ["| " + " | ".join(map(plain, part.header)) + " |", "| --- |" + side * (len(part.header) - 1)]
-        for i, row in enumerate(part.rows):
-            cells = [f"**{plain(cell)}**" if (i, j) in part.bold else plain(cell) for j, cell in enumerate(row)]
-            lines.append("| " + " | ".join(cells) + " |")
-        blocks.append(f"{plain(part.caption)}.\n\n" + "\n".join(lines))
-    return "\n\n".join(blocks) + "\n"
+TIMES = ["seconds_per_epoch", "images_per_second", "hours"]
+NUMBERS = ["seed", "epochs_done", "final", "best", "best_epoch", *TIMES, "peak_memory_gb"]
+METHOD = ["method", "settings", "add_name", "origin"]  # agree in a row of a table; all other settings in a whole table
+TEXTS = ["dataset", "arch", *METHOD, "train_digest", "test_digest"]  # never read as numbers
+ABOUT = ["state", "device", "torch", "commit", "date", "run", "command", "note"]  # need not agree
+MEASURED = re.compile(r"(?P<measure>.+) \[(?P<set>[^:\]]+): (?P<how>.*)\]")
+MARKS = {"config.json", "metrics.csv", "result.json"}  # any of them makes a folder the folder of a run
+SET_ASIDE = re.compile(r"\.old-\d{8}-\d{6}$")  # what --overwrite renames a folder to
+PLAIN = METHODS["vanilla"].title
+LEVEL = 0.05
+Row = dict[str, Any]
 
 
-def latex(content: Content, wanted: Iterable[str]) -> str:
-    """The wanted sections. Sentences behind a table stand below it, those of a section without one are comments. A
-    table that is wider than a page's text is broken into several, below each other under one caption, each with the
-    first column."""
+def read_runs(roots: Iterable[Path]) -> pd.DataFrame:
+    """One row a run, in the order of the tables, from folders at any depth and from tables that ``write_runs`` wrote.
 
-    def plain(text: str) -> str:
-        return "".join(SPECIAL.get(sign, sign) for sign in " ".join(text.split()))
-
-    def line(cells: Iterable[str]) -> str:
-        return " & ".join(cells) + r" \\"
-
-    def tabular(table: Table, columns: Sequence[int]) -> str:
-        header = (r" \\ ".join(map(plain, header_lines(table.header[j]))) for j in columns)
-        rows = [
-            line(rf"\textbf{{{plain(row[j])}}}" if (i, j) in table.bold else plain(row[j]) for j in columns)
-            for i, row in enumerate(table.rows)
-        ]
-        top = line(rf"\shortstack{{{cell}}}" for cell in header)
-        opened = rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}"
-        return "\n".join([opened, r"\toprule", top, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"])
-
-    blocks, end = [r"% \usepackage{booktabs}"], "\n\\end{table}"
-    for name in wanted:
-        for before, part in zip([None, *content[name]], content[name], strict=False):
-            if isinstance(part, Table):
-                tabulars = "\n\n\\medskip\n".join(tabular(part, columns) for columns in broken(part))
-                caption = rf"\caption{{{plain(part.caption)}.}}\smallskip"
-                opened = "\n".join([r"\begin{table}", r"\centering\small\setlength{\tabcolsep}{4pt}", caption])
-                blocks.append(f"{opened}\n\n{tabulars}{end}")
-            elif before is None or not blocks[-1].endswith(end):
-                blocks.append("% " + " ".join(part.split()))
-            else:
-                below = rf"\parbox{{\linewidth}}{{\footnotesize {plain(part)}}}"
-                blocks[-1] = f"{blocks[-1].removesuffix(end)}\n\n\\medskip\n{below}{end}"
-    return "\n\n".join(blocks) + "\n"
+    Raises:
+        UserError: a root without a run, or a table that is damaged.
+    """
+    rows: list[Row] = []
+    for root in roots:
+        if not root.exists():
+            raise UserError(f"there is no {root}")
+        found = read_table(root) if root.is_file() else [*read_folders(root)]
+        if not found:
+            raise UserError(f"{root} holds no run")
+        rows += found
+    return frame_of(rows)
 
 
-def header_lines(cell: str) -> list[str]:
-    """A long header in several lines."""
-    return re.split(r", |(?<=×) ", cell) if len(cell) > 10 else [cell]
+def frame_of(rows: list[Row]) -> pd.DataFrame:
+    """The rows as a table, in order."""
+    names = list(dict.fromkeys([*TEXTS, *(name for row in rows for name in row), "epochs"]))
+    agreeing, measured = must_agree(names), sorted(filter(MEASURED.fullmatch, names), key=place)
+    ordered = sorted(
+        rows, key=lambda row: [order(name, row.get(name, "")) for name in [*agreeing, "seed", "date", "run"]]
+    )
+    runs = pd.DataFrame(ordered, columns=[*agreeing, *NUMBERS, *ABOUT, *measured, "curve"])
+    runs[[*agreeing, *ABOUT]] = runs[[*agreeing, *ABOUT]].astype(object).fillna("")
+    runs[[*NUMBERS, *measured]] = runs[[*NUMBERS, *measured]].astype(float)
+    runs["curve"] = [curve if isinstance(curve, list) else [] for curve in runs["curve"]]
+    return runs
 
 
-def width(text: str) -> float:
-    """About so many pt in LaTeX's \\small."""
-    wide = sum(sign.isupper() or sign in "±×−–%mw" for sign in text)
-    narrow = sum(sign in " .,:;()[]/ijltf" for sign in text)
-    return 6.6 * wide + 2.9 * narrow + 4.75 * (len(text) - wide - narrow)
+def write_runs(path: Path, runs: pd.DataFrame) -> None:
+    """A table that ``read_runs`` reads: CSV, numbers with seven digits."""
+    texts = runs.assign(curve=[" ".join(f"{value:.7g}" for value in curve) for curve in runs["curve"]])
+    with atomic_write(path, "w") as file:
+        texts.to_csv(file, index=False, float_format="%.7g", lineterminator="\n")
 
 
-def broken(table: Table) -> list[list[int]]:
-    """Columns that stand beside each other, as many as a page's text is wide, or one; the first column before each."""
-    widths = [max(map(width, header_lines(cell))) + BETWEEN for cell in table.header]
-    for i, row in enumerate(table.rows):
-        bold = [1.12 if (i, j) in table.bold else 1 for j in range(len(row))]
-        widths = [
-            max(other, factor * width(cell) + BETWEEN) for other, factor, cell in zip(widths, bold, row, strict=True)
-        ]
-    if sum(widths) <= TEXT_WIDTH:
-        return [[*range(len(widths))]]
-    parts: list[list[int]] = []
-    for first, end in pairwise(sorted({1, *table.breaks, len(widths)})):
-        for count in range(1, end - first + 1):  # parts of about as many columns
-            size = -(-(end - first) // count)
-            of_size = [[0, *range(j, min(j + size, end))] for j in range(first, end, size)]
-            if all(sum(widths[j] for j in columns) <= TEXT_WIDTH for columns in of_size):
-                break
-        parts += of_size
-    return parts
+def must_agree(names: Iterable[str]) -> list[str]:
+    """The columns in which runs must agree to be averaged: all but measurements, the seed, and what is about a run."""
+    return [name for name in names if name not in {*NUMBERS, *ABOUT, "curve"} and not MEASURED.fullmatch(name)]
+
+
+def order(name: str, value: Any) -> tuple[float, float, str]:
+    """A key to sort by: methods as the registry lists them, numbers by size, then texts."""
+    if name == "method":
+        return (0, [*METHODS, value].index(value), "")
+    try:
+        return (0, float(value or 0), "")
+    except ValueError:
+        return (1, 0, str(value))
+
+
+def place(measured: str) -> tuple[bool, str, int, int, str]:
+    """A key to sort columns of measurements by: the test set, the kind of measure, the size of an attack."""
+    kind, of_set = measured.split(" ")[0], measured.partition(" [")[2]
+    kinds = ("top1", "drop", "ece", "corruption", "fgsm", "pgd")
+    return (not of_set.startswith("test:"), of_set.partition(":")[0], kinds.index(kind), measured.index("["), measured)
+
+
+def plain(value: Any) -> str:
+    """A setting as text. Spellings of one value become one, such as 1.0 and 1, TRUE and True; what is off is empty."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(plain, value))
+    text = "" if value is None else str(value).strip().strip("\"'")
+    text = re.sub(r"(?i)\b(true|false)\b", lambda found: found[0].capitalize(), text)
+    number = r"(?<![\w.+-])[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?(?![\w.])"
+    text = re.sub(number, lambda found: f"{float(found[0]):.10g}", text)
+    return "" if text in ("False", "0", "None") else text
+
+
+def read_table(path: Path) -> list[Row]:
+    """The rows of a runs.csv, also as a spreadsheet saves it."""
+    with open(path, encoding="utf-8-sig") as file:
+        header = file.readline()
+    separator = max(",;\t", key=header.count)
+    try:
+        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        if missing := {"method", "dataset", "arch", "seed", "state", "epochs", "curve"} - {*table.columns}:
+            raise ValueError(f"it has no column {min(missing)}")
+        if table.isna().any(axis=None):
+            raise ValueError("a line is shorter than the header")
+    except ValueError as error:
+        raise UserError(f"{path} is not a table of runs: {error}") from error
+    rows = []
+    for line, cells in enumerate(table.to_dict("records"), 2):
+        try:
+            rows.append({name: value_of(name, cell, "," if separator == ";" else ".") for name, cell in cells.items()})
+            check(rows[-1])
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}, line {line}: {error}") from error
+    return rows
+
+
+def value_of(name: str, cell: str, decimal: str) -> Any:
+    """What a cell of a table says."""
+    cell = cell.strip()
+    if name == "curve":
+        return [float(word) for word in cell.replace(decimal, ".").split()]
+    if name in NUMBERS or MEASURED.fullmatch(name):
+        return float(cell.replace(decimal, ".")) if cell else math.nan
+    if name in (*TEXTS, *ABOUT) and name != "settings":
+        return str(pd.Timestamp(cell)) if name == "date" and cell else cell
+    return plain(cell.replace(decimal, "."))
+
+
+def read_folders(root: Path) -> Iterator[Row]:
+    """The rows of the runs below a folder, at any depth and behind links, each once."""
+    seen: set[str] = set()
+    unreadable: list[OSError] = []
+    for folder, below, files in os.walk(root, followlinks=True, onerror=unreadable.append):
+        real = os.path.realpath(folder)
+        below[:] = sorted(name for name in below if not SET_ASIDE.search(name)) if real not in seen else []
+        if real not in seen and not MARKS.isdisjoint(files):
+            yield read_run(Path(folder))
+        seen.add(real)
+    for error in unreadable:
+        yield {"run": Path(error.filename).name, "state": "damaged", "note": str(error.strerror)}
+
+
+def read_run(folder: Path) -> Row:
+    """The row of a run's folder; of a damaged one its name and what is wrong."""
+    try:
+        row = {"run": folder.name} | settings_of(read_json(folder / "config.json"))
+        row |= training_of(folder, row)
+        row |= evaluation_of(folder, row)
+        check(row)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}".replace(f"{folder}/", "")
+        return {"run": folder.name, "state": "damaged", "note": reason[:150]}
+    return row
+
+
+def settings_of(config: dict[str, Any]) -> Row:
+    """What config.json says of a run, without the paths of its machine."""
+    settings = dict(config["settings"])
+    preset = vars(build_method(settings["method"], settings["dataset"], 2))
+    own = {name: settings.pop(name) for name in preset if name in settings}
+    changed = sorted(f"{name}={plain(value) or value}" for name, value in own.items() if value != preset[name])
+    command = re.sub(r"^python3? \S*main\.py", "python3 main.py", config["command"])
+    command = re.sub(r"(--(data_dir|root_dir|resume)[ =])('[^']*'|\S)+", r"\1[\2]", command)
+    return {
+        **{name: str(value) if name in TEXTS else plain(value) for name, value in settings.items()},
+        "settings": " ".join(changed), "origin": config.get("origin") or "", "seed": float(settings["seed"]),
+        "classes": str(len(config["classes"])), "test_images": str(config["images"]["test"]),
+        **{f"{split}_digest": digest for split, digest in config["digests"].items()},
+        "device": str(config["device"]), "torch": str(config["versions"]["torch"]),
+        "commit": config["git_commit"] or "", "date": str(pd.Timestamp(config["started"])), "command": command,
+    }  # fmt: skip
+
+
+def training_of(folder: Path, row: Row) -> Row:
+    """What metrics.csv and result.json say of a run; ``ValueError`` where they contradict each other."""
+    path = folder / "metrics.csv"
+    metrics = pd.read_csv(path) if path.exists() else pd.DataFrame({"epoch": []})
+    first, done = int(row["start_epoch"] or 0), len(metrics)
+    if metrics["epoch"].tolist() != list(range(first, first + done)):
+        raise ValueError("metrics.csv skips an epoch")
+    found: Row = {"state": "unfinished", "epochs_done": float(done), "curve": []}
+    if done:
+        epochs = metrics.astype(object).where(metrics.notna(), None).to_dict("records")
+        best = best_row(epochs)
+        found["curve"] = metrics["test_top1"].tolist()
+        found["best_on"] = "" if best["valid_top1"] is None else "validation"
+        numbers = {"final": final_accuracy(epochs)[0], "best": best["test_top1"], "best_epoch": best["epoch"]}
+        numbers |= metrics[["seconds", "images_per_second"]].median().set_axis(TIMES[:2]).to_dict()
+        numbers |= {"hours": metrics["seconds"].sum() / 3600, "peak_memory_gb": metrics["peak_memory_gb"].max()}
+        found |= {name: float(f"{value:.7g}") for name, value in numbers.items()}
+    if (folder / "result.json").exists():
+        result, found["state"] = read_json(folder / "result.json"), "finished"
+        for name in ("final", "best"):
+            if abs(result[f"{name}_top1"] - found.get(name, math.nan)) >= 1e-3 or not done:
+                raise ValueError(f"{name} is {result[f'{name}_top1']} in result.json, {found.get(name)} by metrics.csv")
+    return found
+
+
+def evaluation_of(folder: Path, row: Row) -> Row:
+    """The newest of each measurement in evaluation/results.jsonl that counts for the run: of its last checkpoint, else
+    of its best, and for the set "test" on the images that it was tested on in training."""
+    path = folder / "evaluation" / "results.jsonl"
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    last = int(row["start_epoch"] or 0) + row["epochs_done"]
+    for name in (LAST, BEST):
+        if (folder / name).exists():
+            digest = hashlib.sha256((folder / name).read_bytes()).hexdigest() if records else ""
+            found = [record for record in records if record["sha256"] == digest]
+        else:  # the checkpoint was deleted
+            found = [of for of in records if of["checkpoint"] == LAST == name and of["epoch"] == last]
+        columns: Row = {}
+        for record in found:
+            if record["set"] != "test" or record["digest"] == row["test_digest"]:
+                columns |= columns_of(record, "" if name == LAST else "model_best, ")
+        if columns:
+            return columns
+    return {}
+
+
+def columns_of(record: dict[str, Any], checkpoint: str) -> Row:
+    """The columns of a record of results.jsonl."""
+    numbers, part = record["numbers"], record["part"]
+    values = {"top1": numbers.get("top1"), "drop": numbers.get("drop")} if part == "clean" else {}
+    if part == "calibration":
+        values = {"ece": numbers["ece"]}
+    elif part == "corruptions":
+        values = {"corruption error": numbers["error"]}
+    elif part in ("fgsm", "pgd"):
+        values = {f"{part} {eps}": value for eps, value in numbers.items()}
+    how = {name: value for name, value in record["how"].items() if name not in ("images", "eps") and value is not None}
+    words = [f"{record['how']['images']:,} images", *(f"{name} {value}" for name, value in sorted(how.items()))]
+    text = f"{checkpoint}{', '.join(words)}, digest {record['digest'][:8]}"
+    return {
+        f"{name} [{record['set']}: {text}]": float(f"{value:.7g}")
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def check(row: Row) -> None:
+    """Raise ``ValueError`` where what a row says cannot be."""
+    state, curve = row["state"], row.get("curve", [])
+    if state == "damaged":
+        return
+    if state not in ("finished", "unfinished") or row["method"] not in METHODS:
+        raise ValueError(f"state {state!r}, method {row['method']!r}")
+    first, done = int(row.get("start_epoch") or 0), len(curve)
+    whole = int(row["epochs"]) - first
+    if row["seed"] != int(row["seed"]) or not re.match(r"\d{4}-\d\d-\d\d ", row["date"]):
+        raise ValueError(f"seed {row['seed']:g}, date {row['date']!r}")
+    if done != row["epochs_done"] or (state == "finished" and done != whole):
+        raise ValueError(f"{done} accuracies of {row['epochs_done']:g} epochs, where {whole} make the run")
+    if not all(0 <= value <= 100 for value in curve):
+        raise ValueError("an accuracy is not within 0 and 100%")
+    if curve:
+        best = curve[int(row["best_epoch"]) - first] if row.get("best_on") else max(curve)
+        numbers = {"final": final_accuracy([{"test_top1": value} for value in curve])[0], "best": best}
+        for name, value in numbers.items():
+            if not abs(row[name] - value) < 1e-3:
+                raise ValueError(f"{name} is {row[name]:g}, but {value:g} by the accuracies of its epochs")
+
+
+def counted(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The finished runs that count, with the names of their table and row in the columns ``table`` and ``label``; and
+    the others, with the reason in the column ``why``. Of two runs of one seed the one that began first counts."""
+    agreeing = must_agree(runs.columns)
+    whole, rest = runs[runs["state"] == "finished"], runs[runs["state"] != "finished"]
+    named_once = whole.sort_values("hours").drop_duplicates([*agreeing, "seed", "final", "best", "best_epoch"])
+    again = named_once.sort_values("date").duplicated([*agreeing, "seed"])
+    repeated = whole.loc[again.index[again].sort_values()]
+    left_out = pd.concat([rest.assign(why=rest["state"]), repeated.assign(why="its seed is counted already")])
+    whole = whole.loc[again.index[~again].sort_values()]
+    settings = [name for name in agreeing if name not in ("dataset", "arch", *METHOD) and whole[name].nunique() > 1]
+    texts = [whole["dataset"], whole["arch"], *(whole[name].map(partial(setting, name)) for name in settings)]
+    whole = whole.assign(table=pd.concat(texts, axis=1).agg(", ".join, axis=1) if len(whole) else "", label="")
+    for (_, method), part in whole.groupby(["table", "method"]):
+        words = [words_of(row) for row in part.to_dict("records")]
+        shared = set.intersection(*map(set, words))
+        told = [", ".join(word for word in of if word not in shared) for of in words]
+        whole.loc[part.index, "label"] = [METHODS[method].title + (f" ({text})" if text else "") for text in told]
+    return whole, left_out
+
+
+def setting(name: str, value: str) -> str:
+    """A setting in words."""
+    return f"{name} {value[:8] if name.endswith('_digest') else value or '–'}"
+
+
+def words_of(row: Mapping[str, str]) -> list[str]:
+    """What makes a run other than its method's preset."""
+    words = [word.replace("=", " ") for word in row["settings"].split()]
+    words += [f"“{row['add_name']}”"] if row["add_name"] else []
+    return words + ([f"initialised from {row['origin'][:8]}"] if row["origin"] else [])
+
+
+def difference(ours: pd.Series, theirs: pd.Series) -> dict[str, Any]:
+    """The mean of ``ours`` minus that of ``theirs``, both by seed, with its 95% interval and two-sided p-value: a
+    paired t-test over at least 3 common seeds, else Welch's where both have at least 2. Where no number varies there is
+    no interval, and p is 1 if the means are equal."""
+    pairs = pd.concat([ours, theirs], axis=1, join="inner").to_numpy()
+    paired = len(pairs) >= 3
+    a, b = pairs.T if paired else (ours.to_numpy(), theirs.to_numpy())
+    found = {"difference": a.mean() - b.mean(), "low": math.nan, "high": math.nan, "p": math.nan}
+    if not paired and min(len(a), len(b)) < 2:
+        return found | {"test": "too few seeds"}
+    test = f"paired, {len(a)} seeds" if paired else f"Welch, {len(a)} and {len(b)} seeds"
+    rounding = 1e-9 * np.abs([*a, *b]).max()
+    if (np.ptp(a - b) if paired else max(np.ptp(a), np.ptp(b))) <= rounding:
+        return found | {"p": 1.0 if abs(found["difference"]) <= rounding else math.nan, "test": f"{test}; no variance"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one of the two may not vary, which Welch's test can take
+        result = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
+    interval = result.confidence_interval(0.95)
+    return found | {"low": interval.low, "high": interval.high, "p": result.pvalue, "test": test}
+
+
+def holm(p: pd.Series) -> pd.Series:
+    """p-values adjusted for their number (Holm, "A simple sequentially rejective multiple test procedure", 1979);
+    missing ones stay missing and do not count."""
+    known = p.dropna().sort_values()
+    return (known * np.arange(len(known), 0, -1)).cummax().clip(upper=1.0).reindex(p.index)
+
+
+def compare(runs: pd.DataFrame, measures: Iterable[str]) -> pd.DataFrame:
+    """Every two rows of every table in every measure, later minus earlier. p-values are adjusted (``p_holm``) over the
+    differences from plain training, and over all others, of one table and measure."""
+    rows: list[Row] = []
+    for measure in measures:
+        for table, part in runs.dropna(subset=measure).groupby("table", sort=False):
+            seeds = {label: of.set_index("seed")[measure] for label, of in part.groupby("label", sort=False)}
+            for first, second in combinations(sorted(seeds, key=lambda label: label != PLAIN), 2):
+                names = {"table": table, "measure": measure, "method": second, "against": first}
+                rows.append(names | difference(seeds[second], seeds[first]))
+    columns = ["table", "measure", "method", "against", "difference", "low", "high", "p", "test"]
+    found = pd.DataFrame(rows, columns=columns)
+    families = found.groupby(["table", "measure", found["against"] == PLAIN], sort=False)["p"]
+    found.insert(8, "p_holm", families.transform(holm))
+    return found
