@@ -15,23 +15,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils import errors
-
-if __name__ == "__main__":
-    errors.begin()
-
+import numpy as np
 import torch
+from torch import nn
 
 from load_data import Data
 from mixup import build_method
+from mixup.base import Method
 from models import build_model
-from utils import checkpoint, distributed, options, records, runs
+from utils import checkpoint, distributed, options
+from utils import run as runs
 from utils import train as loop
 from utils.device import pick_device, prepare, set_precision
 from utils.distributed import World
 from utils.errors import BadArguments, StopSignal, exit_code
-from utils.records import log
-from utils.runs import Identity, Progress, Run, Training
+from utils.run import Identity, Progress, Run, Training, log
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,31 +44,29 @@ def train(args: argparse.Namespace, given: set[str]) -> int:
     if distributed.must_launch(args.ngpu):
         return distributed.launch(args.ngpu, sys.argv)
     world = distributed.join(args.ngpu, args.batch_size)
-    device, warning = pick_device(args.ngpu)
+    runs.start_log(quiet=world.rank > 0)
+    device = pick_device(args.ngpu)
     set_precision(args.deterministic)
-    method = build_method(args.method, args.dataset, 2, **options.method_settings(args))
-    folder = None if args.log_off or world.rank > 0 else Path(args.root_dir) / runs.run_name(args, method)
     stop = StopSignal().listen()
+    if warning := options.never_reached(args):
+        log.warning(f"warning: {warning}")
+    with distributed.one_first(world):  # one process of a machine decodes and caches the images
+        data = options.load_images(args, given)
+    folder = None if args.log_off or world.rank > 0 else Path(args.root_dir) / runs.run_name(args)
     with runs.hold(folder, args.overwrite, args.resume) as lock:
-        records.start_log(quiet=world.rank > 0)
-        if warning:
-            log.warning(f"warning: {warning}")
-        with distributed.one_first(world):  # one process of a machine decodes and caches the images
-            data = options.load_images(args, given)
-        run = make_run(args, data, device, world)
-        run.folder, run.lock, run.stop, run.resume = folder, lock, stop, args.resume
-        resumed = checkpoint.read_resume(run, args.resume)
-        if distributed.from_first(checkpoint.is_finished(run)):
-            runs.write_missing_config(run, vars(args))
+        resumed, origin = checkpoint.read_resume(args.resume)
+        run = make_run(args, data, device, world, folder, origin)
+        if distributed.from_first(runs.is_finished(run)):
             distributed.leave()
             return 0
-        records.log_into(folder / "log.txt" if folder else None)
-        checkpoint.restore(run, resumed)
+        if folder is not None:
+            runs.log_into(folder / "log.txt")
+        checkpoint.restore(run, args.resume, resumed)
         runs.write_config(run, vars(args))
         log.info(run.describe())
         stop.training = True
-        loop.fit(run)
-        if stopped := loop.stopped(run):
+        loop.fit(run, checkpoint.Saver(run, lock), stop)
+        if stopped := loop.stopped(run, stop):
             where = f"epoch {run.progress.epoch}, step {run.progress.step}"
             log.info(f"stopped in {where}; the same command continues there")
         else:
@@ -80,52 +76,60 @@ def train(args: argparse.Namespace, given: set[str]) -> int:
         return stop.exit_code if stopped else 0
 
 
-def make_run(args: argparse.Namespace, data: Data, device: torch.device, world: World | None = None) -> Run:
+def make_run(
+    args: argparse.Namespace,
+    data: Data,
+    device: torch.device,
+    world: World | None = None,
+    folder: Path | None = None,
+    origin: str | None = None,
+) -> Run:
     """Method, network and optimiser for the data, before the first epoch."""
     world, data = world or World(), data.to(device)
-    refuse_batch_size(args.batch_size, len(data.train), world)
-    of_method = {**options.method_settings(args), "mean": data.mean, "std": data.std}
-    method = build_method(args.method, args.dataset, len(data.classes), **of_method)
-    try:
-        options.check_size(method, *data.image_size)
-    except ValueError as error:
-        raise BadArguments(str(error)) from error
+    settings = {**options.method_settings(args), "mean": data.mean, "std": data.std}
+    method = build_method(args.method, args.dataset, len(data.classes), **settings)
     torch.manual_seed(args.seed)
     model = build_model(args.arch, len(data.classes), data.stride, args.initial_channels, args.dropout)
+    refuse_sizes(args, data, method, model, world)
     if args.sync_bn:
-        model = distributed.synchronise_batch_norm(model)
+        model = distributed.synchronise_batch_norm(model, device)
     model = prepare(model, device, args.fast, args.batch_size // world.size)
     optimizer = torch.optim.SGD(
         model.parameters(), args.learning_rate, args.momentum, weight_decay=args.decay, nesterov=args.momentum > 0,
         fused=True if args.fast else None,
     )  # fmt: skip
-    identity = Identity(runs.run_settings(args, method, data.limit), data.digests)
-    training, progress = options.pick(Training, args), Progress(args.start_epoch)
-    return Run(training, identity, data, method, model, optimizer, device, progress, world)
+    identity = Identity(runs.run_settings(args, data.limit), data.digests, origin)
+    training = options.pick(Training, args)
+    return Run(training, identity, data, method, model, optimizer, device, world, folder, Progress(args.start_epoch))
 
 
-def refuse_batch_size(size: int, images: int, world: World) -> None:
-    """Raise ``BadArguments`` where batches of this size cannot be made."""
+def refuse_sizes(args: argparse.Namespace, data: Data, method: Method, model: nn.Module, world: World) -> None:
+    """Raise ``BadArguments`` where batches of this size cannot be made, or images of this size not be mixed."""
+    images, size = len(data.train), args.batch_size
     if size > images:
         raise BadArguments(f"--batch_size {size} is above the {images} training images")
-    if 0 < images % size < world.size:
+    last = images % size
+    if 0 < last < world.size:
         raise BadArguments(
-            f"--batch_size {size} leaves a last batch of {images % size} images for {world.size} processes; change it"
+            f"--batch_size {size} leaves a last batch of {last} images for {world.size} processes; change it"
         )
+    try:
+        method.draw(np.random.default_rng(0), 1, *data.image_size)
+    except ValueError as error:
+        hint = "; --image_size brings images to another size" if args.dataset == "folder" else ""
+        raise BadArguments(f"{error}{hint}") from error
 
 
 def evaluate(args: argparse.Namespace, given: set[str]) -> int:
     """Print the test numbers of a checkpoint; settings that are not given are the checkpoint's."""
-    device, warning = pick_device(args.ngpu)
-    records.start_log()
-    if warning:
-        log.warning(f"warning: {warning}")
+    runs.start_log()
+    device = pick_device(args.ngpu)
     network, data, _ = checkpoint.network_and_images(args, given)
     set_precision(args.deterministic)
     model, data = prepare(network.model, device, args.fast), data.to(device)
-    log.info(records.line_of_scores("Test", loop.evaluate(model, data.test, data, device, "test"), "test"))
+    log.info(runs.line_of_scores("Test", loop.evaluate(model, data.test, data, device, "test"), "test"))
     return 0
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    sys.exit(main())

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from .base import Method
@@ -20,7 +20,7 @@ from .manifold import ManifoldMixup
 from .puzzle import PuzzleMix
 from .sage import Sage
 from .saliencymix import SaliencyMix
-from .settings import NORMALISATION, Setting, settings_of
+from .settings import NORMALISATION, Colour, Setting, settings_of
 from .vanilla import Vanilla
 
 METHODS: dict[str, type[Method]] = {
@@ -49,25 +49,44 @@ def all_settings() -> dict[str, Setting]:
     return {name: replace(known, help=f"{', '.join(users[name])}: {known.help}") for name, known in found.items()}
 
 
-def build_method(name: str, dataset: str, num_classes: int, **given: Any) -> Method:
-    """A method with its presets for ``dataset``.
+def settings_for(name: str, dataset: str, **given: Any) -> dict[str, Any]:
+    """The settings of a method for a data set, checked: given ones, else presets, else defaults. No network, and no
+    number of classes, is needed.
 
     Args:
         name: a key of ``METHODS``.
-        dataset: chooses presets; of cifar10, cifar100 and tiny-imagenet-200 mean and std are known as well.
-        num_classes: K.
-        given: settings by flag name, which win over presets, and ``mean`` and ``std``, [3] for pixels in [0, 1].
-            Settings that only other methods have are ignored, so that one set of flags can serve a sweep of methods.
+        dataset: chooses presets.
+        given: settings by flag name. Settings that only other methods have are ignored, so that one set of flags can
+            serve a sweep of methods.
 
     Raises:
         ValueError: unknown method or setting, or a value out of range.
     """
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; choose from {', '.join(METHODS)}")
-    if unknown := given.keys() - all_settings().keys() - {"mean", "std"}:
+    if unknown := given.keys() - all_settings().keys():
         raise ValueError(f"no method has a setting named {', '.join(sorted(unknown))}")
-    method = METHODS[name]
-    mean, std = NORMALISATION.get(dataset, (None, None))
-    values = {"mean": mean, "std": std, **method.presets(dataset), **given}
-    names = {f.name for f in fields(method)}
-    return method(num_classes=num_classes, **{key: value for key, value in values.items() if key in names})
+    names = settings_of(METHODS[name])
+    values = {**METHODS[name].presets(dataset), **{key: value for key, value in given.items() if key in names}}
+    method = METHODS[name](num_classes=1, **values)  # checks each setting, and how they go together
+    return {key: getattr(method, key) for key in names}
+
+
+def build_method(
+    name: str, dataset: str, num_classes: int, mean: Colour | None = None, std: Colour | None = None, **given: Any
+) -> Method:
+    """A method with its presets for ``dataset``.
+
+    Args:
+        name: a key of ``METHODS``.
+        dataset: chooses presets; of cifar10, cifar100 and tiny-imagenet-200 mean and std are known as well.
+        num_classes: K.
+        mean, std: [3] for pixels in [0, 1].
+        given: settings, as in ``settings_for``.
+
+    Raises:
+        ValueError: unknown method or setting, or a value out of range.
+    """
+    known = NORMALISATION.get(dataset, (None, None))
+    settings = settings_for(name, dataset, **given)
+    return METHODS[name](num_classes=num_classes, mean=mean or known[0], std=std or known[1], **settings)

@@ -23,7 +23,7 @@ GCO_LARGEST = 10_000_000  # above it gco aborts the process
 PAIRS_AT_ONCE = 8  # of each of the grids that are solved side by side
 
 
-class NoSolver(RuntimeError):
+class NoSolver(ImportError):
     """No installed solver can do it; the message says what to install."""
 
 

@@ -46,18 +46,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from load_data import stride_of
 from mixup import METHODS, build_method
-from mixup.base import Method
+from mixup.base import Method, Step
 from mixup.saliency import KnownSaliency, fine_grained_saliency, root_mean_square, saliency_pass
 from mixup.search import SHORT_LIST, best_offsets, exact_scores
 from mixup.settings import NORMALISATION
 from models import ARCHITECTURES, build_model
 from models.mixing import MIXING_POINTS
-from utils import errors, records
-from utils.device import emulates_bfloat16, prepare, set_precision
+from utils import files, run
+from utils.device import Captured, emulates_bfloat16, prepare, set_precision
 from utils.errors import exit_code
 from utils.files import atomic_write
 from utils.options import Parser, number, one_of
-from utils.train import step_taker
 
 CLASSES = 10
 SHARE = 0.01  # of all offsets: the paper's --rand_pos
@@ -101,7 +100,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> int:
     for part in args.parts:
         result[part] = works[part](args, device)
         if args.out:
-            records.write_json(args.out, result)
+            files.write_json(args.out, result)
     if args.plot:
         plot_search(args.plot, result["search"], result["machine"])
     return 0
@@ -151,7 +150,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": records.git_commit(),
+        "commit": run.git_commit(),
     }
     return found | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
 
@@ -373,7 +372,15 @@ def steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     )
 
     def step_of(method: Method, record: bool = args.fast) -> Work:
-        take = step_taker(method, network, optimizer, device, record)
+        def take(images: Tensor, labels: Tensor, draws: Any) -> Step:
+            optimizer.zero_grad(set_to_none=True)
+            step = method.step(network, images, labels, draws)
+            step.loss.backward()
+            optimizer.step()
+            return step.detached()
+
+        if record and device.type == "cuda" and method.recordable:
+            take = Captured(take, lambda: None, device)
 
         def work(repetition: int) -> None:
             draws = method.draw(np.random.default_rng(repetition), len(images), *images.shape[2:])
@@ -538,4 +545,4 @@ def plot_search(path: Path, result: dict[str, Any], about: dict[str, Any]) -> No
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    sys.exit(main())

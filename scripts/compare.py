@@ -46,7 +46,7 @@ from mixup.saliency import KnownSaliency, fine_grained_saliency
 from mixup.settings import NORMALISATION
 from models import ARCHITECTURES, build_model
 from models.mixing import MIXING_POINTS
-from utils import errors, images
+from utils import images
 from utils.checkpoint import PixelNetwork, load_network
 from utils.errors import BadArguments, UserError, exit_code
 from utils.files import atomic_write
@@ -408,4 +408,4 @@ def save(figure: Figure, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    sys.exit(main())

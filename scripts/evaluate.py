@@ -54,13 +54,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from load_data import Data, Split, split_digest, test_batches
-from utils import checkpoint, errors, options, records
+from utils import checkpoint, files, options, run
 from utils.device import device_name, pick_device, prepare, set_precision
 from utils.errors import BadArguments, UserError, exit_code
 from utils.files import atomic_write
 from utils.options import Parser, number, one_of
-from utils.records import log
 from utils.robustness import CORRUPTIONS, SEVERITIES, calibration, corrupt, fgsm, pgd
+from utils.run import log
 from utils.test_sets import (
     BENCHMARK,
     Sets,
@@ -155,10 +155,8 @@ def named_path(text: str) -> tuple[str, Path]:
 
 def evaluate(args: argparse.Namespace, given: set[str]) -> int:
     """Every part that was asked for."""
-    device, warning = pick_device(args.ngpu)
-    records.start_log()
-    if warning:
-        log.warning(f"warning: {warning}")
+    run.start_log()
+    device = pick_device(args.ngpu)
     set_precision(False)
     command, digest = options.command_line(), sha256(args.resume)
     network, data, about = checkpoint.network_and_images(args, given)
@@ -179,7 +177,7 @@ def evaluate(args: argparse.Namespace, given: set[str]) -> int:
         test_digest=data.digests["test"], epochs=epochs,
         subset=len(few), subset_top1=top1(logits[chosen], few.labels), seed=args.seed,
         checkpoint=str(args.resume), source=data.source, command=command, date=time.strftime("%Y-%m-%d"),
-        device=device_name(device), git_commit=records.git_commit(),
+        device=device_name(device), git_commit=run.git_commit(),
         versions={name: version(name) for name in ("torch", "torchvision", "numpy")},
     )  # fmt: skip
     job.text[str(args.resume)] = [
@@ -216,7 +214,7 @@ def earlier(job: Job) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Parts that other calls measured of this checkpoint on this test set, and their paragraphs. Of other images for
     corruptions and attacks, those that are of all images."""
     try:
-        old, lines = records.read_json(job.path(".json")), job.path(".md").read_text(encoding="utf-8")
+        old, lines = files.read_json(job.path(".json")), job.path(".md").read_text(encoding="utf-8")
         if any(old[name] != job.result[name] for name in (*OF_CHECKPOINT, *OF_ALL)):
             return {}, {}
         of_all = ["Calibration", "Other test sets"]
@@ -231,7 +229,7 @@ def earlier(job: Job) -> tuple[dict[str, Any], dict[str, list[str]]]:
 def set_aside(job: Job) -> None:
     """Keep what was measured of this checkpoint on another test set, or on other images of it, under another name."""
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-        old = records.read_json(job.path(".json"))
+        old = files.read_json(job.path(".json"))
         checkpoint, whole, subset = (
             all(old.get(name) == job.result[name] for name in names) for names in (OF_CHECKPOINT, OF_ALL, OF_SUBSET)
         )
@@ -266,7 +264,7 @@ def write(job: Job) -> dict[str, Any]:
     parts = ["\n\n".join([f"#{'#' * (heading != title)} {heading}", *text[heading]]) for heading in headings]
     with atomic_write(job.path(".md"), "w") as file:
         file.write("\n\n".join(parts) + "\n")
-    records.write_json(job.path(".json"), result)
+    files.write_json(job.path(".json"), result)
     return result
 
 
@@ -666,4 +664,4 @@ def plot_attacks(job: Job, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    sys.exit(main())

@@ -28,7 +28,7 @@ from load_data import Split, test_batches
 from mixup import build_method
 from mixup.base import Method, Mixed
 from mixup.search import best_offsets, every_offset, exact_scores
-from utils import checkpoint, errors, options, tables
+from utils import checkpoint, options, tables
 from utils.device import pick_device, prepare, set_precision
 from utils.errors import BadArguments, UserError, exit_code
 from utils.files import atomic_write
@@ -76,7 +76,7 @@ def study(args: argparse.Namespace) -> int:
 
 def search_pairs(args: argparse.Namespace) -> tuple[dict[float, Any], dict[float, Any], dict[float, float]]:
     """For each share of the offsets: scores over the best ones, ratios of the labels, and ms a batch."""
-    device, _ = pick_device(args.ngpu)
+    device = pick_device(args.ngpu)
     set_precision(False)
     command = ["--evaluate", "--resume", args.checkpoint, "--data_dir", args.data_dir, "--ngpu", str(args.ngpu)]
     settings, given = options.parse(command)
@@ -192,4 +192,4 @@ def plot(path: Path, kept: dict[float, Any], shares: dict[float, Any], accuracy:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    sys.exit(main())

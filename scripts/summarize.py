@@ -31,7 +31,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import errors, pictures
+from utils import pictures
 from utils.errors import BadArguments, UserError, exit_code
 from utils.files import atomic_write
 from utils.options import Parser
@@ -339,4 +339,4 @@ def refreshed(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    sys.exit(main())

@@ -13,12 +13,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -28,8 +25,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import BadArguments, UserError, stopping_signals
-
-MEETING = timedelta(minutes=5)  # torchrun starts all processes at once; one may have to import from a cold, far disk
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,7 @@ def join(ngpu: int, batch_size: int) -> World:
     """Meet the other processes if torchrun started this one.
 
     Raises:
-        BadArguments: the batch does not divide over the processes.
+        BadArguments: the batch does not divide over the processes, or there is no GPU for this one.
         UserError: they did not meet; torchrun then tries again as often as its ``--max_restarts`` says.
     """
     if not is_launched():
@@ -90,47 +85,18 @@ def join(ngpu: int, batch_size: int) -> World:
     world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     backend, device = "gloo", None
     if ngpu > 0 and torch.cuda.is_available():
-        if world.local_rank >= torch.cuda.device_count():
-            raise BadArguments(
-                f"process {world.local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}"
-            )
+        if world.local_rank >= (count := torch.cuda.device_count()):
+            raise BadArguments(f"process {world.local_rank} of this machine has no GPU: there are {count}")
         backend, device = "nccl", torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=MEETING))
-        store = dist.PrefixStore(agreed_name(store, world), store)
-        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, device_id=device)
+        dist.init_process_group(backend, device_id=device)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"process {world.rank} did not meet the other {world.size - 1}: {reason}") from error
     if batch_size % world.size:
         raise BadArguments(f"--batch_size {batch_size} does not divide over {world.size} processes")
     return world
-
-
-def agreed_name(store: dist.Store, world: World) -> str:
-    """A name that the processes of this attempt alone know, chosen by rank 0.
-
-    torchrun keeps one store through all its restarts, with the addresses of killed processes in it, and the machines of
-    a run need not count restarts alike. So every other process first shows that it is alive, by a key never used
-    before, and is answered under that key.
-    """
-    mine = uuid.uuid4().hex
-    if world.rank > 0:
-        store.set(f"present/{world.rank}", mine)
-        name = store.get(mine).decode()
-        store.set(f"{name}/{world.rank}", "heard")
-        return name
-    missing = list(range(1, world.size))
-    deadline = time.monotonic() + MEETING.total_seconds()
-    while missing:
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"process {missing[0]} does not answer")
-        for rank in missing:
-            store.set(store.get(f"present/{rank}").decode(), mine)  # a dead one's key at first; its successor's comes
-        time.sleep(0.02)
-        missing = [rank for rank in missing if not store.check([f"{mine}/{rank}"])]
-    return mine
 
 
 def leave() -> None:
@@ -192,75 +158,13 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-class ImageWeight:
-    """How many images this rank has for each that an equal share of the batch would have: 1 unless a last batch does
-    not divide."""
-
-    value: float = 1.0
+def data_parallel(model: nn.Module) -> nn.Module:
+    """The network whose backward averages gradients over ranks; the network itself in a world of one."""
+    return DistributedDataParallel(model) if dist.is_initialized() else model
 
 
-def data_parallel(model: nn.Module, weight: ImageWeight) -> nn.Module:
-    """The network whose backward averages gradients over ranks; the network itself in a world of one.
-
-    Every gradient is weighted where it enters, at the logits, so that each image of the batch counts alike, also
-    through the statistics of a synchronised batch norm.
-    """
-    if not dist.is_initialized():
-        return model
-
-    def weigh(module: nn.Module, inputs: Any, logits: Tensor) -> None:
-        if logits.requires_grad and weight.value != 1:
-            factor = weight.value
-            logits.register_hook(lambda gradient: gradient * factor)
-
-    parallel = DistributedDataParallel(model)
-    parallel.register_forward_hook(weigh)
-    return parallel
-
-
-class SummedWithGradient(torch.autograd.Function):
-    """The sum of a tensor over all ranks, forward and backward (PyTorch's own warns that it will go)."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        return total(values)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return total(gradient)
-
-
-class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm with the statistics of the whole batch over all ranks, on any device (PyTorch's own needs a GPU)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] normalised by statistics of all ranks in train mode, by the running ones otherwise."""
-        if not self.training or not dist.is_initialized():
-            return super().forward(x)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        given, x = x.dtype, x.float()  # with --fast it comes in bfloat16, which cannot even count the pixels
-        summed: Any = SummedWithGradient.apply
-        count = x.new_full((1,), x.numel() / x.shape[1])
-        # two exchanges, mean first, are as accurate as one process; a sum of squares is not
-        sums = summed(torch.cat([x.sum((0, 2, 3)), count]))
-        number = sums[-1].detach()
-        mean = sums[:-1] / number
-        centred = x - mean[:, None, None]
-        variance = summed(centred.square().sum((0, 2, 3))) / number
-        with torch.no_grad():
-            momentum = 0.1 if self.momentum is None else self.momentum
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(variance * number / (number - 1).clamp(min=1), momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(given)
-
-
-def synchronise_batch_norm(model: nn.Module) -> nn.Module:
-    """The same network, every batch norm with statistics over all ranks; names of its state stay."""
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncBatchNorm
-    return model
+def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """The same network, every batch norm with statistics over all ranks."""
+    if device.type != "cuda":
+        raise BadArguments("--sync_bn True needs GPUs: PyTorch synchronises batch norm on CUDA alone")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -1,4 +1,4 @@
-"""Files that are never half-written, and JSON."""
+"""Files that are never half-written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import IO, Any
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO]:
-    """Open a temporary file beside ``path``; on success flush it to the disk and rename it, else remove it.
+    """Open a temporary file next to ``path``; on success flush it to the disk and rename it, else remove it.
 
     A reader sees the old content or the whole new one. Raises the ``OSError`` of the failing call, with ``path``.
     """
@@ -73,5 +73,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that ``write_json`` wrote; ``ValueError`` where it is damaged."""
-    return json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+    """What ``write_json`` wrote; ``ValueError`` with the path where it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(content).__name__}")
+    return content

@@ -16,13 +16,11 @@ again.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import stat
 import threading
 import unicodedata
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -34,8 +32,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from .archive import open_regular
-from .errors import UserError, is_out_of_memory, out_of_memory
+from .errors import UserError
 from .files import atomic_write, remove_leftovers
 
 TINY_ARCHIVE = "tiny-imagenet-200.zip (http://cs231n.stanford.edu/tiny-imagenet-200.zip)"
@@ -171,7 +168,7 @@ def _annotated_files(annotations: str, ignored: list[str]) -> dict[str, list[_Fi
     files = {os.path.relpath(file.path, folder): file for file in _files_below(folder, ignored)}
     found: dict[str, list[_File]] = {}
     try:
-        with open_regular(annotations) as lines:
+        with open(annotations, "rb") as lines:
             rows = [line.decode().split() for line in lines if line.strip()]
     except UnicodeDecodeError:
         raise UserError(f"{annotations!r} is not text; unpack {TINY_ARCHIVE} again") from None
@@ -241,23 +238,22 @@ def decode(
     ):
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata, without a path
         height, width = (size, size) if isinstance(size, int) else size or _common_size(files)
-        with out_of_memory(f"{total} images of {height}×{width} do not fit into memory"):
-            images = [np.empty((len(part), 3, height, width), np.uint8) for part in files]
+        images = [np.empty((len(part), 3, height, width), np.uint8) for part in files]
 
-            def decode_some(job: tuple[int, int]) -> int:
-                part, first = job
-                chunk = files[part][first : first + 64]
-                for i, file in enumerate(chunk, first):
-                    images[part][i] = read_image(file.path, height, width).transpose(2, 0, 1)
-                return len(chunk)
+        def decode_some(job: tuple[int, int]) -> int:
+            part, first = job
+            chunk = files[part][first : first + 64]
+            for i, file in enumerate(chunk, first):
+                images[part][i] = read_image(file.path, height, width).transpose(2, 0, 1)
+            return len(chunk)
 
-            jobs = [(part, first) for part in range(len(files)) for first in range(0, len(files[part]), 64)]
-            try:
-                for done in pool.map(decode_some, jobs):
-                    bar.update(done)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        jobs = [(part, first) for part in range(len(files)) for first in range(0, len(files[part]), 64)]
+        try:
+            for done in pool.map(decode_some, jobs):
+                bar.update(done)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return images
 
 
@@ -278,13 +274,11 @@ def image_shape(path: str) -> tuple[int, int]:
 def _opened(path: str) -> Iterator[Image.Image]:
     """A PNG, JPEG or WebP file; whatever goes wrong with it becomes a ``UserError`` with its path."""
     try:
-        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}×{image.height} pixels are too many")
             yield image
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        if is_out_of_memory(error):
-            raise
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "not a PNG, JPEG or WebP image" if unknown else getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"cannot read image {path!r}: {reason}; replace or remove it") from None
@@ -359,8 +353,7 @@ def _read_cache(
     """Training and test images and their ``pixel_digest`` (none in a cache of an older version), or None where the
     cache is missing, belongs to other files or is damaged."""
     try:
-        with open_regular(path) as file, np.load(file, allow_pickle=False) as archive:
-            _refuse_claims(archive.zip, os.fstat(file.fileno()).st_size)
+        with np.load(path, allow_pickle=False) as archive:
             if archive["key"] != key:
                 return None
             images = [archive[name] for name in ("train", "test")]  # reading to the end compares the checksums
@@ -374,25 +367,8 @@ def _read_cache(
     except FileNotFoundError:
         return None
     except Exception as error:  # damaged archives, too, raise nearly anything
-        if is_out_of_memory(error):
-            raise
         warn(f"the cache {path!r} cannot be used ({one_line(error)}); the images are decoded again")
         return None
-
-
-def _refuse_claims(archive: zipfile.ZipFile, size: int) -> None:
-    """Raise where reading the arrays of an archive of ``size`` bytes would take more memory than that."""
-    members = archive.infolist()
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise ValueError("compressed")  # never written so: it could unpack to anything
-    if sum(member.file_size for member in members) > size:
-        raise ValueError("larger than its file")
-    for member in members:
-        with archive.open(member) as file:
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            if math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
-                raise ValueError("of another shape")
 
 
 def _cores() -> int:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
+import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn, TypeVar
 
-import numpy as np
-
-from load_data import DATASETS, IMAGE_SIZES, Data, load
-from mixup import METHODS, all_settings, build_method
-from mixup.base import Method
-from mixup.settings import LARGEST, Setting
+from load_data import DATASETS, Data, load
+from mixup import METHODS, all_settings, settings_for
+from mixup.settings import Setting
 from models import ARCHITECTURES
 
-from .records import log
+from .errors import BadArguments
+
+log = logging.getLogger("sage")
 
 # What may differ between two calls that belong to one run.
 NOT_PART_OF_A_RUN = frozenset(
@@ -57,23 +57,9 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is not one of true, false, yes, no, t, f, 1, 0")
 
 
-def number(kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> Callable:
-    """A parser for finite numbers in [low, high] and greater than ``above``."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {'a whole number' if kind is int else 'a number'}"
-            ) from None
-        if not (abs(value) < LARGEST and low <= value <= high and value > above):
-            bounds = [f"above {above:g}"] * (above > -math.inf) + [f"at least {low:g}"] * (low > -math.inf)
-            bounds += [f"at most {high:g}"] * (high < math.inf)
-            raise argparse.ArgumentTypeError(f"{text} is out of range: must be {' and '.join(bounds) or 'finite'}")
-        return value
-
-    return parse
+def number(kind: type, **bounds: Any) -> Callable[[str], Any]:
+    """A parser for finite numbers within ``low``, ``high`` and ``above``, as of a method's ``setting``."""
+    return value_of(Setting(kind(), "", **bounds))
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], str]:
@@ -172,14 +158,18 @@ def add_method_flags(parser: Parser) -> None:
 
 
 def value_of(known: Setting) -> Callable[[str], Any]:
-    """A parser for the values of a method's setting."""
+    """A parser for the values of a setting."""
     if known.choices is not None:
         return one_of(known.choices)
     if known.kind is bool:
         return boolean
 
     def parse(text: str) -> Any:
-        value = number(known.kind)(text)
+        try:
+            value = known.kind(text)
+        except ValueError:
+            kind = "a whole number" if known.kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind}") from None
         if problem := known.problem(value):
             raise argparse.ArgumentTypeError(problem)
         return value
@@ -190,11 +180,12 @@ def value_of(known: Setting) -> Callable[[str], Any]:
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
     """Arguments, checked, and the names of those that were given. Leaves with exit code 2 on a bad one."""
     parser = make_parser()
-    args = parser.parse_args(argv)
-    problem = find_problem(args)
+    args, given = parser.parse_args(argv), given_names(make_parser(), argv)
+    empty = [name for name in ("data_dir", "root_dir", "resume") if name in given and not getattr(args, name)]
+    problem = f"--{empty[0]} is empty; is a shell variable not set?" if empty else find_problem(args)
     if problem:
         parser.error(problem)
-    return args, given_names(parser, argv)
+    return args, given
 
 
 def given_names(parser: Parser, argv: Sequence[str]) -> set[str]:
@@ -225,28 +216,40 @@ def find_problem(args: argparse.Namespace) -> str | None:
         return f"--add_name {args.add_name!r} becomes part of a folder's name: printable, and no slash"
     if args.image_size and args.dataset != "folder":
         return f"--image_size is for --dataset folder; {args.dataset} has a size of its own"
-    size = args.image_size or IMAGE_SIZES.get(args.dataset)
     try:
-        method = build_method(args.method, args.dataset, 2, **method_settings(args))
-        if size:
-            check_size(method, size, size)
+        settings_for(args.method, args.dataset, **method_settings(args))
     except ValueError as error:
         return str(error)
     return None
 
 
-def check_size(method: Method, height: int, width: int) -> None:
-    """Raise ``ValueError`` where a method's settings do not fit images of this size."""
-    method.draw(np.random.default_rng(0), 1, height, width)
+def never_reached(args: argparse.Namespace) -> str | None:
+    """What a schedule asks for and --epochs ends before, or None."""
+    settings = settings_for(args.method, args.dataset, **method_settings(args))
+    late = [milestone for milestone in args.schedule if milestone >= args.epochs]
+    if late:
+        return f"--epochs {args.epochs} ends before --schedule {' '.join(map(str, late))}: these are not reached"
+    if settings.get("mix_schedule", "fixed") != "fixed" and settings["mix_scheduled_epoch"] >= args.epochs:
+        left = "nothing is mixed" if settings["mix_schedule"] == "delayed" else "--prob_mix is not reached"
+        return f"--epochs {args.epochs} ends before --mix_scheduled_epoch {settings['mix_scheduled_epoch']}: {left}"
+    return None
 
 
 def adopt(args: argparse.Namespace, given: set[str], held: dict[str, Any]) -> None:
-    """Put the settings of a checkpoint where none were given, checked like given ones."""
+    """Put the settings of a checkpoint where none were given, checked like given ones.
+
+    Raises:
+        BadArguments: a flag was given that the checkpoint overrules.
+    """
     arguments = []
-    for name in held.keys() & vars(args).keys() - given - NOT_PART_OF_A_RUN:
-        if held[name] is not None:
-            values = held[name]
-            arguments += [f"--{name}", *map(str, values)] if isinstance(values, list) else [f"--{name}={values}"]
+    free = NOT_PART_OF_A_RUN | {"dataset", "image_size", "seed", "batch_size", "fast", "deterministic", "add_name"}
+    for name in sorted(held.keys() & vars(args).keys() - NOT_PART_OF_A_RUN):
+        value, ours = held[name], getattr(args, name)
+        if name in given:
+            if name not in free and value is not None and ours != value:
+                raise BadArguments(f"--{name} {ours}: {args.resume} was trained with {value}; leave --{name} out")
+        elif value is not None:
+            arguments += [f"--{name}", *map(str, value)] if isinstance(value, list | tuple) else [f"--{name}={value}"]
     make_parser().parse_args(arguments, namespace=args)
 
 
@@ -258,13 +261,16 @@ def pick(kind: type[T], args: argparse.Namespace) -> T:
     return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})  # type: ignore[arg-type]
 
 
-def load_images(args: argparse.Namespace, given: set[str]) -> Data:
-    """The images that the flags name. The default of --labels_per_class is CIFAR-10's, and no limit elsewhere."""
-    limit = args.labels_per_class if "labels_per_class" in given or args.dataset == "cifar10" else None
+def load_images(args: argparse.Namespace, given: set[str], **how: Any) -> Data:
+    """The images that the flags name; ``how`` goes to ``load_data.load``. The default of --labels_per_class is
+    CIFAR-10's, and no limit elsewhere."""
+    if "labels_per_class" in given:
+        how["labels_per_class"] = args.labels_per_class
+    if args.image_size is not None:
+        how["image_size"] = args.image_size
     return load(
-        args.dataset, args.data_dir, image_size=args.image_size, labels_per_class=limit,
-        valid_labels_per_class=args.valid_labels_per_class, seed=args.seed,
-        warn=lambda line: log.warning(f"warning: {line}"),
+        args.dataset, args.data_dir, valid_labels_per_class=args.valid_labels_per_class, seed=args.seed,
+        warn=lambda line: log.warning(f"warning: {line}"), **how,
     )  # fmt: skip
 
 
@@ -276,6 +282,4 @@ def method_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def command_line() -> str:
     """The command as it can be pasted again."""
-    import shlex
-
     return shlex.join(["python3", *sys.argv])

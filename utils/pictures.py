@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import rc_context, rcdefaults
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from mixup.base import Mixed
+from mixup.base import Method, Mixed
 
 from .files import atomic_write
-from .records import best_row
+from .run import best_row, log
+
+MIXED, MIXED_LAST = "mixed.png", "mixed_last.png"
+PAIRS = 6  # shown in them
+
+
+def attempt(draw: Callable[..., None], *args: Any) -> None:
+    """Draw a picture under matplotlib's own defaults, whatever the user's matplotlibrc says. Whatever goes wrong is one
+    warning: no picture is worth a run."""
+    try:
+        with rc_context(), warnings.catch_warnings():
+            rcdefaults()
+            warnings.simplefilter("ignore")  # glyphs that the font lacks
+            draw(*args)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        log.warning(f"warning: {args[0]} is not drawn: {reason}")
 
 
 def plot_curves(
@@ -55,7 +73,7 @@ def plot_curves(
     panels[1].set_ylabel("top-1 accuracy [%]")
     best = best_row(rows)
     panels[1].set_title(
-        f"test: last {rows[-1]['test_top1']:.2f} %, best {best['test_top1']:.2f} % in epoch {best['epoch']}"
+        f"test: last {rows[-1]['test_top1']:.2f}%, best {best['test_top1']:.2f}% in epoch {best['epoch']}"
     )
     figure.suptitle(title, parse_math=False)
     panels[1].legend(frameon=False)
@@ -67,34 +85,71 @@ def whole_numbers() -> MaxNLocator:
     return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
 
 
-def plot_mixed(path: Path, mixed: Mixed, images: torch.Tensor, data: Any, title: str, pairs: int = 6) -> None:
-    """The first pairs of a batch: both images, both saliency maps, the mask, the mixed image, the target's shares."""
+class MixedImages:
+    """mixed.png and mixed_last.png: a pair of each of the first six batches of the first epoch, and of the last.
+
+    What the folder lacks is plotted from the first batches of this start. Numbers of the training are not touched.
+    """
+
+    def __init__(self, folder: Path | None, data: Any, method: Method, epochs: int) -> None:
+        self.folder, self.data, self.method, self.epochs = folder, data, method, epochs
+        self.epoch = -1
+        self.path: Path | None = None
+        self.pairs: list[dict[str, Any]] = []
+
+    def collect(self, epoch: int, mixed: Mixed, images: torch.Tensor, draws: Any) -> None:
+        """Keep a pair of this batch, and draw the picture once there are enough."""
+        if epoch != self.epoch:
+            self.begin(epoch)
+        if self.path is None:
+            return
+        one = slice(len(self.pairs) % len(images), len(self.pairs) % len(images) + 1)
+        saliency_a, saliency_b = mixed.saliency or (None, None)
+        named = {
+            "image a": images, "image b": mixed.partner, "saliency a": saliency_a, "saliency b": saliency_b,
+            "mask (white: a)": mixed.mask, "mixed": mixed.images, "target": mixed.targets,
+        }  # fmt: skip
+        pair = {name: value[one].detach().float().clone()[0] for name, value in named.items() if value is not None}
+        self.pairs.append({**pair, "lam": getattr(draws, "lam", None)})
+        if len(self.pairs) == PAIRS:
+            self.draw()
+
+    def begin(self, epoch: int) -> None:
+        """Draw what there is of a shorter epoch, and decide which picture this epoch is for."""
+        self.draw()
+        self.epoch = epoch
+        if self.folder is not None:
+            last = epoch == self.epochs - 1
+            name = MIXED if not (self.folder / MIXED).exists() else MIXED_LAST if last else None
+            self.path = self.folder / name if name and not (self.folder / name).exists() else None
+
+    def draw(self) -> None:
+        """The picture of the pairs so far."""
+        if self.path is not None and self.pairs:
+            title = f"{self.method.title}, epoch {self.epoch}"
+            attempt(plot_mixed, self.path, self.pairs, self.data, title)
+        self.path, self.pairs = None, []
+
+
+def plot_mixed(path: Path, pairs: Sequence[dict[str, Any]], data: Any, title: str) -> None:
+    """A pair a row: both images, both saliency maps, the mask, the mixed image, λ and the target's shares."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
-    count = min(pairs, len(images))
-
-    def pixels(batch: torch.Tensor | None) -> list[np.ndarray] | None:
-        if batch is None:
-            return None
-        return [(image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy() for image in batch[:count].detach().cpu()]
-
-    def maps(batch: torch.Tensor | None) -> list[np.ndarray] | None:
-        return None if batch is None else list(batch[:count].detach().float().cpu().numpy())
-
-    saliency_a, saliency_b = mixed.saliency or (None, None)
-    columns: list[tuple[str, list[np.ndarray] | None, dict[str, Any]]] = [
-        ("image a", pixels(images), {}),
-        ("image b", pixels(mixed.partner), {}),
-        ("saliency a", maps(saliency_a), {"cmap": "magma"}),
-        ("saliency b", maps(saliency_b), {"cmap": "magma"}),
-        ("mask (white: a)", maps(mixed.mask), {"cmap": "gray", "vmin": 0, "vmax": 1}),
-        ("mixed", pixels(mixed.images), {}),
-    ]
+    styles: dict[str, dict[str, Any]] = {
+        "image a": {}, "image b": {}, "saliency a": {"cmap": "magma"}, "saliency b": {"cmap": "magma"},
+        "mask (white: a)": {"cmap": "gray", "vmin": 0, "vmax": 1}, "mixed": {},
+    }  # fmt: skip
+    columns = []
+    for name in [name for name in styles if name in pairs[0]]:
+        content = [pair[name].cpu() for pair in pairs]
+        if content[0].ndim == 3:
+            content = [(image * std + mean).clamp(0, 1).permute(1, 2, 0) for image in content]
+        columns.append((name, [picture.numpy() for picture in content], styles[name]))
     texts = []
-    if mixed.targets is not None:
-        for target in mixed.targets[:count].detach().float().cpu():
-            shares = sorted(((float(v), data.classes[k]) for k, v in enumerate(target) if v > 0.005), reverse=True)
-            texts.append(" + ".join(f"{100 * value:.0f} % {label}" for value, label in shares[:3]))
-    figure = _mosaic([(name, content, style) for name, content, style in columns if content is not None], texts)
+    for pair in pairs:
+        shares = sorted(((float(v), data.classes[k]) for k, v in enumerate(pair["target"]) if v > 0.005), reverse=True)
+        text = " + ".join(f"{100 * value:.0f}% {label}" for value, label in shares[:3])
+        texts.append(f"λ = {float(pair['lam']):.2f}: {text}" if pair["lam"] is not None else text)
+    figure = _mosaic(columns, texts)
     figure.suptitle(title, parse_math=False)
     _save(figure, path)
 

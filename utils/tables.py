@@ -22,12 +22,12 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from mixup import METHODS, build_method
+from mixup import METHODS, settings_for
 
 from .checkpoint import BEST, LAST
 from .errors import UserError
 from .files import atomic_write, read_json
-from .records import best_row, final_accuracy
+from .run import best_row, final_accuracy
 
 TIMES = ["seconds_per_epoch", "images_per_second", "hours"]
 NUMBERS = ["seed", "epochs_done", "final", "best", "best_epoch", *TIMES, "peak_memory_gb"]
@@ -178,7 +178,7 @@ def read_run(folder: Path) -> Row:
 def settings_of(config: dict[str, Any]) -> Row:
     """What config.json says of a run, without the paths of its machine."""
     settings = dict(config["settings"])
-    preset = vars(build_method(settings["method"], settings["dataset"], 2))
+    preset = settings_for(settings["method"], settings["dataset"])
     own = {name: settings.pop(name) for name in preset if name in settings}
     changed = sorted(f"{name}={plain(value) or value}" for name, value in own.items() if value != preset[name])
     command = re.sub(r"^python3? \S*main\.py", "python3 main.py", config["command"])

@@ -1,4 +1,4 @@
-"""The loop: batches through a method's step, the optimiser, and what happens after a batch and after an epoch."""
+"""The loop: draw → step → backward → optimiser → meter, for every batch; then evaluation, and what an epoch leaves."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from load_data import Data, Split, steps_per_epoch, test_batches, train_batches
-from mixup.base import Method, Step, bce_loss, to_device
+from mixup.base import Step, bce_loss, to_device
 
-from . import checkpoint, distributed, pictures, records
-from .device import peak_memory, step_generator
+from . import distributed, pictures
+from .checkpoint import Saver, refuse_bad_weights
+from .device import Captured, peak_memory, step_generator
 from .distributed import World
 from .errors import StopSignal, UserError
-from .graph import Captured, Take
-from .records import log
-from .runs import MIXED, MIXED_LAST, Run
+from .run import COLUMNS, Run, best_row, line_of_epoch, line_of_scores, log, write_metrics
 
 EVALUATION_BATCH = {"cpu": 250, "mps": 500, "cuda": 1000}  # images of 32×32; fewer of larger ones
 AGREE_STEPS = 10  # ranks agree this often on saving and stopping; each time they wait for each other
@@ -32,158 +32,171 @@ CURVES_SECONDS = 20  # plotting takes half a second; refreshed at most this ofte
 ROUNDING = 1e-4  # of a loss, relative; float32 is far more exact
 
 
-# ------------------------------------------------------------------------------------------------------------- the loop
-
-
-def fit(run: Run) -> None:
+def fit(run: Run, saver: Saver, stop: StopSignal) -> None:
     """Train to the last epoch, or until a signal; everything is saved when this returns."""
-    network = distributed.data_parallel(run.model, run.weight)
-    record = run.training.fast and run.world.size == 1
-    step = with_errors_named(run, step_taker(run.method, network, run.optimizer, run.device, record))
-    kept = Records(run)
-    while run.progress.epoch < run.training.epochs and not stopped(run):
-        begin_epoch(run)
-        network.train()
-        if not (train_epoch(run, step) and after_epoch(run, kept)):
-            break
-    if stopped(run):
-        save(run)
-
-
-def train_epoch(run: Run, step: Take) -> bool:
-    """The rest of the epoch in progress; whether it was finished. If not, a signal came."""
-    with Meter(run) as meter:
-        for number, (images, labels) in rest_of_epoch(run):
-            draws = draw(run, number, images)
-            result = step(images, labels, draws)
-            meter.add(number, result, labels)
-            if after_batch(run, meter, result, images):
-                return False
-        meter.settle()
-    return True
-
-
-def step_taker(
-    method: Method, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, record: bool
-) -> Take:
-    """A whole training step, as a function of a batch and its draws. With ``record`` it is one CUDA graph, where there
-    is CUDA and the method allows it."""
+    method, optimizer, training, progress, world = run.method, run.optimizer, run.training, run.progress, run.world
+    model = distributed.data_parallel(run.model)
+    leaves = Leaves(run)
 
     def step(images: Tensor, labels: Tensor, draws: Any) -> Step:
         optimizer.zero_grad(set_to_none=True)
-        result = method.step(network, images, labels, draws)
-        result.loss.backward()
+        result = method.step(model, images, labels, draws)
+        weight = weight_of(run, len(labels))
+        (result.loss if weight == 1 else result.loss * weight).backward()
         optimizer.step()
-        # a result somebody holds must not keep autograd's nodes alive: they cannot be recorded again
-        return result.detached()
+        return result.detached()  # autograd's nodes must not outlive the step
 
-    if record and device.type == "cuda" and method.recordable:
-        return Captured(step, lambda: [group["lr"] for group in optimizer.param_groups], device)
-    return step
+    if training.fast and run.device.type == "cuda" and world.size == 1 and method.recordable:
+        take_step: Callable[..., Step] = Captured(step, lambda: [g["lr"] for g in optimizer.param_groups], run.device)
+    else:
+        take_step = step
+
+    with failures_named(run):
+        while progress.epoch < training.epochs and not stopped(run, stop):
+            for group in optimizer.param_groups:
+                group["lr"] = training.rate(progress.epoch)
+            log.info(line_of_epoch(progress, training))
+            model.train()
+            stopping = False
+            with Meter(run) as meter:
+                for images, labels in rest_of_epoch(run):
+                    # every random choice depends on seed, epoch, step and rank alone: a stopped run continues bitwise
+                    rng = step_generator(training.seed, progress.epoch, progress.step, world.rank)
+                    draws = method.draw(rng, len(images), images.shape[2], images.shape[3], progress.epoch)
+                    result = take_step(images, labels, draws)
+                    progress.step += 1
+                    meter.add(result, labels)
+                    leaves.mixed.collect(progress.epoch, result.mixed, images, draws)
+                    stopping = save_or_stop(run, saver, stop, meter)
+                    if stopping:
+                        break
+                else:
+                    meter.settle()
+            if not stopping:
+                after_epoch(run, saver, stop, leaves)
+        if stopped(run, stop):
+            saver.save()
 
 
-def rest_of_epoch(run: Run) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    """Number, images and labels of the batches that are left of the epoch in progress: this process's part of each."""
-    training, progress, world = run.training, run.progress, run.world
-    batches = train_batches(
-        run.data, batch_size=training.batch_size, seed=training.seed, epoch=progress.epoch, device=run.device,
-        start=progress.step, part_of=world.part,
+def rest_of_epoch(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels of the batches that are left of the epoch in progress: this process's part of each."""
+    return train_batches(
+        run.data, batch_size=run.training.batch_size, seed=run.training.seed, epoch=run.progress.epoch,
+        device=run.device, start=run.progress.step, part_of=run.world.part,
     )  # fmt: skip
-    for number, (images, labels) in enumerate(batches, start=progress.step):
-        whole = min(training.batch_size, len(run.data.train) - number * training.batch_size)
-        run.weight.value = len(labels) * world.size / whole
-        yield number, (images, labels)
 
 
-def draw(run: Run, number: int, images: Tensor) -> Any:
-    """The method's random choices for a batch, which depend on seed, epoch, number of the batch and rank alone."""
-    rng = step_generator(run.training.seed, run.progress.epoch, number, run.world.rank)
-    return run.method.draw(rng, len(images), images.shape[2], images.shape[3], run.progress.epoch)
+def weight_of(run: Run, images: int) -> float:
+    """How many images this rank has for each one of an equal share of the batch: 1 unless a last batch does not
+    divide. Every image then counts alike in the mean over ranks."""
+    if run.world.size == 1:
+        return 1.0
+    whole = min(run.training.batch_size, len(run.data.train) - run.progress.step * run.training.batch_size)
+    return images * run.world.size / whole
 
 
 # ---------------------------------------------------------------------------------------- after a batch, after an epoch
 
 
-def after_batch(run: Run, meter: Meter, result: Step, images: Tensor) -> bool:
-    """Position, clock, lines and pictures; every few steps the processes agree on saving and stopping. Whether a signal
-    came, to any of them."""
-    run.progress.step += 1
-    plot_mixed_images(run, result, images)
-    meter.show(run.count_time())
+def save_or_stop(run: Run, saver: Saver, stop: StopSignal, meter: Meter) -> bool:
+    """Show the batch, and save where that is due. Whether a signal came, to any process: every few steps they agree."""
+    meter.show()
     if run.world.size > 1 and run.progress.step % AGREE_STEPS:
         return False
-    wanted = distributed.largest(run.stop.exit_code or int(save_is_due(run)), run.device)
+    wanted = distributed.largest(stop.exit_code or int(saver.is_due()), run.device)
     if wanted:
         meter.settle()
     if wanted == 1:
-        save(run)
-    run.stop.exit_code = max(run.stop.exit_code, wanted if wanted > 1 else 0)
+        saver.save()
+    stop.exit_code = max(stop.exit_code, wanted if wanted > 1 else 0)
     return wanted > 1
 
 
-def after_epoch(run: Run, kept: Records) -> bool:
-    """Evaluate, save where due, and write the records; False if a signal came before the epoch was evaluated."""
+def stopped(run: Run, stop: StopSignal) -> bool:
+    """Whether a signal came, to any rank; then every rank has its exit code."""
+    agreed = distributed.largest(stop.exit_code, run.device)
+    stop.exit_code = max(stop.exit_code, agreed)  # one that came while the ranks agreed counts next time
+    return agreed > 0
+
+
+def after_epoch(run: Run, saver: Saver, stop: StopSignal, leaves: Leaves) -> None:
+    """Evaluate, save where that is due, and write what the epoch leaves; nothing if a signal came during evaluation,
+    which is then done again."""
     progress, evaluation_began = run.progress, time.monotonic()
     distributed.share_buffers(run.model)
-    row: dict[str, Any] = dict.fromkeys(records.COLUMNS)
+    row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row.update(epoch=progress.epoch, learning_rate=run.training.rate(progress.epoch), **scores(progress.sums, "train"))
     try:
-        if run.data.valid is not None:
-            row.update(evaluate(run.model, run.data.valid, run.data, run.device, "valid", run.world, run.stop))
-        row.update(evaluate(run.model, run.data.test, run.data, run.device, "test", run.world, run.stop))
+        for name, split in (("valid", run.data.valid), ("test", run.data.test)):
+            if split is not None:
+                row.update(evaluate(run.model, split, run.data, run.device, name, run.world, stop))
     except Stopped:
-        return False
+        return
     if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
         raise not_finite(run, progress.step)
+    best = best_row([*progress.rows, row])
     row.update(
-        best_top1=records.best_row([*progress.rows, row])["test_top1"],
+        best_top1=best["test_top1"],
         seconds=round(progress.seconds + time.monotonic() - evaluation_began, 3),
         images_per_second=round(progress.sums[3] / progress.seconds, 1),
         peak_memory_gb=round(peak_memory(run.device), 1),
     )
-    is_best = records.best_row([*progress.rows, row]) is row
-    if run.resume and run.folder is not None and not (run.best or (run.folder / checkpoint.BEST).exists()):
-        is_best = True  # what was better is in the folder of the run that --resume names
-    refuse_bad_weights(run)
+    refuse_bad_weights(run.model)
     progress.next_epoch(row)
-    if is_best:
-        checkpoint.keep_best(run)
-    if save_is_due(run) or progress.epoch >= run.training.epochs:
-        checkpoint.save_run(run)
-    kept.write()
-    return True
+    if best is row or not saver.has_best():
+        saver.keep_best()
+    if saver.is_due() or progress.epoch >= run.training.epochs:
+        saver.save()
+    leaves.write()
 
 
-def save_is_due(run: Run) -> bool:
-    """Whether --checkpoint_minutes have passed since the last save."""
-    return time.monotonic() - run.saved > 60 * run.training.checkpoint_minutes
+class Leaves:
+    """What an epoch leaves beside checkpoints: lines, metrics.csv, TensorBoard scalars, pictures."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.plotted = run, -math.inf
+        self.mixed = pictures.MixedImages(run.folder, run.data, run.method, run.training.epochs)
+        # readers drop what a killed start wrote from this epoch on
+        self.scalars = SummaryWriter(str(run.folder), purge_step=run.progress.epoch) if run.folder else None
+
+    def write(self) -> None:
+        """After the last epoch of ``run.progress.rows``."""
+        rows = self.run.progress.rows
+        for name in ("train", "valid", "test"):
+            if rows[-1][f"{name}_top1"] is not None:
+                log.info(line_of_scores(name.capitalize(), rows[-1], name))
+        log.info(f"  {rows[-1]['seconds']:.1f} s, {rows[-1]['images_per_second']:.0f} images/s in training")
+        if self.run.folder is None:
+            return
+        without_stopping(write_metrics, self.run.folder / "metrics.csv", rows)
+        without_stopping(self.write_scalars, rows[-1])
+        if time.monotonic() - self.plotted > CURVES_SECONDS:
+            plot_curves(self.run)
+            self.plotted = time.monotonic()
+
+    def write_scalars(self, row: dict[str, Any]) -> None:
+        """The numbers of an epoch for TensorBoard, in groups by the first part of their name."""
+        assert self.scalars is not None
+        for name, value in row.items():
+            if value is not None and name != "epoch":
+                self.scalars.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+        self.scalars.flush()
 
 
-def save(run: Run) -> None:
-    """Write the checkpoint, unless the numbers went wrong."""
-    refuse_bad_weights(run)
-    checkpoint.save_run(run)
+def plot_curves(run: Run) -> None:
+    """curves.png of the epochs so far."""
+    if run.folder is not None and run.progress.rows:
+        mixes = run.method.name != "vanilla"
+        path, title = run.folder / "curves.png", run.folder.name
+        pictures.attempt(pictures.plot_curves, path, run.progress.rows, title, run.training.schedule, mixes)
 
 
-def stopped(run: Run) -> bool:
-    """Whether a signal came, to any rank; then every rank has its exit code."""
-    agreed = distributed.largest(run.stop.exit_code, run.device)
-    run.stop.exit_code = max(run.stop.exit_code, agreed)  # one that came while the ranks agreed counts next time
-    return agreed > 0
-
-
-def begin_epoch(run: Run) -> None:
-    """The learning rate of the epoch, and the line that opens it."""
-    progress, epochs = run.progress, run.training.epochs
-    rate = run.training.rate(progress.epoch)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    of_one = sum(row["seconds"] for row in progress.rows) / max(1, len(progress.rows))
-    left = of_one * (epochs - progress.epoch)
-    log.info(records.line_of_epoch(progress.epoch, epochs, rate, progress.best, left))
-
-
-# ------------------------------------------------------------------------------------------------ measuring and showing
+def without_stopping(write: Callable[..., object], *args: Any) -> None:
+    """Do something a run can live without; say so if the disk refuses."""
+    try:
+        write(*args)
+    except OSError as error:
+        log.warning(f"warning: {error}; training continues without that file")
 
 
 class Meter:
@@ -196,26 +209,27 @@ class Meter:
         self.sums = to_device(start, run.device, sum_type(run.device))
         self.first_bad = torch.full((), math.inf, device=run.device)
         self.total = steps_per_epoch(len(run.data.train), run.training.batch_size)
-        self.shown = 0.0
         self.last: Step | None = None
 
     def __enter__(self) -> Meter:
-        run = self.run
+        progress = self.run.progress
         self.bar = tqdm(
-            total=self.total, initial=run.progress.step, desc=f"epoch {run.progress.epoch}/{run.training.epochs}",
-            unit="batch", disable=run.world.rank > 0 or not sys.stderr.isatty(), leave=False,
+            total=self.total, initial=progress.step, desc=f"epoch {progress.epoch}/{self.run.training.epochs}",
+            unit="batch", disable=self.run.world.rank > 0 or not sys.stderr.isatty(), leave=False,
         )  # fmt: skip
-        run.clock = self.shown = time.monotonic()
+        self.shown = time.monotonic()
+        self.began = self.shown - progress.seconds
         return self
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
 
-    def add(self, number: int, result: Step, labels: Tensor) -> None:
-        """Add a batch; remembers the first one whose loss is not finite."""
+    def add(self, result: Step, labels: Tensor) -> None:
+        """Add the batch before ``progress.step``; remembers the first one whose loss is not finite."""
         loss, self.last = result.loss, result
         count = torch.full((), len(labels), device=loss.device)
         self.sums += torch.stack([loss * count, *hits(result.logits, labels), count])
+        number = self.run.progress.step - 1
         self.first_bad = torch.where(loss.isfinite(), self.first_bad, self.first_bad.clamp(max=number))
 
     def read(self) -> list[float]:
@@ -225,89 +239,34 @@ class Meter:
         return self.sums.tolist()
 
     def settle(self) -> None:
-        """Put the sums of all ranks into the run's progress; waits for the device, which takes time too."""
+        """Put the sums of all ranks and the time into the run's progress; waits for the device first."""
         self.read()
         self.run.progress.sums = distributed.total(self.sums).tolist()
-        self.run.count_time()
+        self.run.progress.seconds = time.monotonic() - self.began
         refuse_dead_network(self.run, self.last)
 
-    def show(self, now: float) -> None:
+    def show(self) -> None:
         """The bar, or a line every --print_freq batches."""
         self.bar.update()
         if self.bar.disable and self.run.progress.step % self.run.training.print_freq == 0:
-            log.info(line_of_batch(self.run, self.total, self.read()))
-        elif not self.bar.disable and now - self.shown > BAR_SECONDS:
-            self.shown = now
-            current = scores(self.read(), "train")
-            self.bar.set_postfix_str("loss {train_loss:.4f} acc {train_top1:.2f}".format(**current))
+            log.info(self.line())
+        elif not self.bar.disable and time.monotonic() - self.shown > BAR_SECONDS:
+            self.shown = time.monotonic()
+            self.bar.set_postfix_str(
+                "loss {train_loss:.4f} acc {train_top1:.2f}".format(**scores(self.read(), "train"))
+            )
         elif self.run.device.type == "cpu":
             self.read()
 
-
-class Records:
-    """What an epoch leaves beside the checkpoint: lines, metrics.csv, TensorBoard scalars, curves.png."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.plotted = run, -math.inf
-        self.events = records.Events(run.folder, len(run.progress.rows)) if run.folder is not None else None
-
-    def write(self) -> None:
-        """After the last epoch of ``run.progress.rows``."""
-        run, rows = self.run, self.run.progress.rows
-        for name in ("train", "valid", "test"):
-            if rows[-1][f"{name}_top1"] is not None:
-                log.info(records.line_of_scores(name.capitalize(), rows[-1], name))
-        log.info(f"  {rows[-1]['seconds']:.1f} s, {rows[-1]['images_per_second']:.0f} images/s in training")
-        if run.folder is None or self.events is None:
-            return
-        keep_going(partial(records.write_metrics, run.folder / "metrics.csv", rows))
-        keep_going(partial(self.events.write, rows))
-        if time.monotonic() - self.plotted > CURVES_SECONDS:
-            plot_curves(run)
-            self.plotted = time.monotonic()
-
-
-def plot_curves(run: Run) -> None:
-    """curves.png of the epochs so far."""
-    if run.folder is not None and run.progress.rows:
-        title, path, mixes = run.folder.name, run.folder / "curves.png", run.method.name != "vanilla"
-        keep_going(partial(pictures.plot_curves, path, run.progress.rows, title, run.training.schedule, mixes))
-
-
-def plot_mixed_images(run: Run, result: Step, images: Tensor) -> None:
-    """mixed.png of the first batch, and mixed_last.png of the last epoch's first one, if that is not the only epoch.
-    What the folder lacks is plotted from the first batch of this start; a batch is plotted once."""
-    is_first, run.is_first_batch = run.is_first_batch, False
-    if run.folder is None:
-        return
-    epoch, training = run.progress.epoch, run.training
-    is_last_epoch = training.epochs - training.start_epoch > 1 and epoch == training.epochs - 1
-    if is_first and not (run.folder / MIXED).exists():
-        name = MIXED
-    elif is_last_epoch and (is_first or run.progress.step == 1) and not (run.folder / MIXED_LAST).exists():
-        name = MIXED_LAST
-    else:
-        return
-    title = f"{run.method.title}, epoch {epoch}"
-    keep_going(partial(pictures.plot_mixed, run.folder / name, result.mixed, images, run.data, title))
-
-
-def keep_going(write: Callable[[], object]) -> None:
-    """Do something a run can live without; say so if the disk refuses."""
-    try:
-        write()
-    except OSError as error:
-        log.warning(f"warning: {error}; training goes on without that file")
-
-
-def line_of_batch(run: Run, total: int, sums: list[float]) -> str:
-    """The published line within an epoch; loss and accuracy of many processes are the first one's."""
-    current, progress = scores(sums, "train"), run.progress
-    rate = min(progress.step * run.training.batch_size, len(run.data.train)) / progress.seconds
-    return (
-        f"  Epoch: [{progress.epoch:03d}][{progress.step:03d}/{total:03d}]   Loss {current['train_loss']:.4f}   "
-        f"Prec@1 {current['train_top1']:.3f}   Prec@5 {current['train_top5']:.3f}   {rate:.0f} images/s"
-    )
+    def line(self) -> str:
+        """The published line within an epoch; loss and accuracy of many processes are the first one's."""
+        current, progress = scores(self.read(), "train"), self.run.progress
+        images = min(progress.step * self.run.training.batch_size, len(self.run.data.train))
+        return (
+            f"  Epoch: [{progress.epoch:03d}][{progress.step:03d}/{self.total:03d}]   "
+            f"Loss {current['train_loss']:.4f}   Prec@1 {current['train_top1']:.3f}   "
+            f"Prec@5 {current['train_top5']:.3f}   {images / (time.monotonic() - self.began):.0f} images/s"
+        )
 
 
 def scores(sums: list[float], prefix: str) -> dict[str, float]:
@@ -341,10 +300,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Top-1, top-5 (in %) and mean cross-entropy of a split, without augmentation.
 
-    A single process gives up with ``Stopped`` when ``stop`` has seen a signal.
-
-    Ranks take the batches in turn; their sums are added in the order of the batches, so that the numbers are those of
-    a single process to the last bit.
+    A single process gives up with ``Stopped`` when ``stop`` has seen a signal. Ranks take the batches in turn; their
+    sums are added in the order of the batches, so that the numbers are those of a single process to the last bit.
     """
     world = world or World()
     was_training = model.training
@@ -370,19 +327,16 @@ def sum_type(device: torch.device) -> torch.dtype:
 # ---------------------------------------------------------------------------------------------- numbers that went wrong
 
 
-def with_errors_named(run: Run, step: Take) -> Take:
-    """``step``, whose failures say where in the run they happened."""
-
-    def named(images: Tensor, labels: Tensor, draws: Any) -> Step:
-        try:
-            return step(images, labels, draws)
-        except FloatingPointError as error:
-            raise not_finite(run, run.progress.step) from error
-        except ValueError as error:
-            where = f"epoch {run.progress.epoch}, step {run.progress.step}"
-            raise UserError(f"{run.method.name} stops in {where}: {error}. Try less extreme settings") from error
-
-    return named
+@contextmanager
+def failures_named(run: Run) -> Iterator[None]:
+    """What goes wrong within says where in the run it did."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise not_finite(run, run.progress.step) from error
+    except ValueError as error:
+        where = f"epoch {run.progress.epoch}, step {run.progress.step}"
+        raise UserError(f"{run.method.name} stops in {where}: {error}. Try less extreme settings") from error
 
 
 def not_finite(run: Run, step: int) -> UserError:
@@ -397,17 +351,15 @@ def not_finite(run: Run, step: int) -> UserError:
 def refuse_dead_network(run: Run, last: Step | None) -> None:
     """Stop a network that will never learn again: every gradient of the last batch is exactly 0, on every process, and
     the batch's loss is above that of equal probabilities, so that it is not a perfect fit. At equal probabilities
-    gradients may cancel by chance, as in a balanced batch: such a network goes on."""
+    gradients may cancel by chance, as in a balanced batch: such a network continues."""
     if last is None:
         return
     gradients = (parameter.grad for parameter in run.model.parameters() if parameter.grad is not None)
     if distributed.largest(int(any(bool(gradient.any()) for gradient in gradients)), run.device):
         return
     count, classes = last.logits.shape
-    part = to_device(
-        [count * bce_loss(last.logits, last.mixed.targets).item(), count], run.device, sum_type(run.device)
-    )
-    total, images = distributed.total(part).tolist()
+    part = [count * bce_loss(last.logits, last.mixed.targets).item(), count]
+    total, images = distributed.total(to_device(part, run.device, sum_type(run.device))).tolist()
     loss, equal = total / images, (math.log(classes) - (classes - 1) * math.log1p(-1 / classes)) / classes
     if distributed.largest(int(loss > equal * (1 + ROUNDING)), run.device):
         epoch = run.progress.epoch
@@ -417,12 +369,3 @@ def refuse_dead_network(run: Run, last: Step | None) -> None:
             f"{run.training.rate(epoch):g}). Try a smaller --learning_rate, with an --add_name; the last good "
             "checkpoint is untouched"
         )
-
-
-def refuse_bad_weights(run: Run) -> None:
-    """A finite loss can still lead to weights that are not; they must not reach a checkpoint."""
-    values = [value for value in run.model.state_dict().values() if value.is_floating_point()]
-    if torch.stack([value.sum() for value in values]).isfinite().all():  # which none is where a value is not
-        return
-    if not all(value.isfinite().all() for value in values):  # finite ones, too, may have a sum that is not
-        raise not_finite(run, run.progress.step)
