@@ -1,11 +1,9 @@
 """Tables and pictures from runs.
 
-    python3 scripts/summarize.py RUNS                        # into the folder summary
-    python3 scripts/summarize.py paper/runs.csv --out paper  # from a table of runs
+    python3 scripts/summarize.py RUNS [MORE] --out paper     # run folders, at any depth, or tables of runs (runs.csv)
     python3 scripts/summarize.py --refresh RESULTS.md        # renew the tables inside a text
 
-A ROOT is the folder of a run, a folder of such folders at any depth, or a runs.csv. Runs that differ in nothing but the
-seed and the machine are averaged. Written are
+Runs that differ in nothing but the seed and the machine are averaged. Written are
 
     summary.md, summary.tex   one table for each setting: Markdown, LaTeX (booktabs)
     summary.csv               means, standard deviations and numbers of seeds
@@ -14,14 +12,13 @@ seed and the machine are averaged. Written are
     dots, curves, cost        pictures (.png, .pdf) of accuracy: each seed's, by epoch, by the time of an epoch
 
 --refresh replaces what stands between the lines <!-- summarize PATH.csv SECTION… --> and <!-- /summarize -->. PATH is
-relative to the text. Sections are accuracy, evaluation, robustness, cost (columns of one table), settings, open (runs
-that do not count), and front: all settings in one table.
+relative to the text and may have wildcards. Sections are accuracy, evaluation, robustness, cost (columns of one table),
+settings, open (runs that do not count), and front: all settings in one table.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,14 +49,13 @@ from utils.tables import (
 SECTIONS = ("accuracy", "evaluation", "robustness", "cost", "settings", "open", "front")
 NAMED = ("dataset", "arch", *METHOD, "table", "label")  # settings that the names of tables and rows say
 COSTS = {"seconds_per_epoch": "s/epoch", "peak_memory_gb": "GB"}
-HEADS = {"top1": "top-1", "drop": "against test", "ece": "ECE", "corruption error": "corr. error"}
+HEADS = {"top1": "top-1", "drop": "against test", "ece": "ECE", "error": "corr. error"}
 FOOTNOTE = (
     "Mean ± standard deviation over n seeds, in %; accuracy: median of the last ten epochs. Δ: points above plain "
     f"training [95% interval, not adjusted]. * p < {LEVEL:g} against plain training after Holm over the methods of a "
     "table and measure (two-sided t-test, paired over common seeds where there are at least 3, else Welch's)."
 )
 MARKED = re.compile(r"^(<!-- summarize ([^\n]+) -->\n)(.*?)^(<!-- /summarize -->)$", re.DOTALL | re.MULTILINE)
-PICTURE = re.compile(r"(dots|curves|cost)(_\d+)?\.(png|pdf)")
 LATEX = str.maketrans(
     {sign: "\\" + sign for sign in "{}_&%$#"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"}
@@ -95,13 +91,14 @@ def columns_of(runs: pd.DataFrame) -> dict[str, dict[str, str]]:
     found |= {"evaluation": {}, "robustness": {}}
     found["cost"] = {name: head for name, head in COSTS.items() if runs[name].notna().any()}
     measured = [match for name in runs.columns if runs[name].notna().any() and (match := MEASURED.fullmatch(name))]
+    several = len({match["set"] for match in measured}) > 1
     for match in measured:
-        measure, name = match["measure"], match["set"]
-        section = found["evaluation" if measure in ("top1", "drop", "ece") else "robustness"]
-        head = HEADS.get(measure, measure.upper())
-        if name != "test" and (measure == "top1" or len({other["set"] for other in measured}) > 1):
-            head += f" ({name})"
-        section[match[0]] = head + " ′" * sum(other.rstrip(" ′") == head for other in section.values())
+        column, part, measure, of_set, _ = match[0], *match.groups()
+        section = found["evaluation" if part in ("clean", "calibration") else "robustness"]
+        head = HEADS.get(measure, f"{part.upper()} {measure}")
+        if of_set != "test" and (several or measure == "top1"):
+            head += f" ({of_set})"
+        section[column] = head + " ′" * sum(other.rstrip(" ′") == head for other in section.values())
     return found
 
 
@@ -116,7 +113,10 @@ def table_of(runs: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
         stars = against["p_holm"].lt(LEVEL).map({True: "*", False: ""})
         cells[head] = {label: in_words(part[name]) for label, part in rows.items()}
         if name == "final":
-            cells["Δ"] = {label: in_points(of) + stars[label] for label, of in against.iterrows()}
+            differences = against["difference"].map("{:+.2f}".format)
+            intervals = against["low"].map(" [{:+.2f}, ".format) + against["high"].map("{:+.2f}]".format)
+            known = intervals.where(against["low"].notna(), "")
+            cells["Δ"] = (differences + known).map(minus).add(stars).to_dict()
         else:
             cells[head] |= {label: cells[head][label] + star for label, star in stars.items()}
         if name == "seconds_per_epoch":
@@ -124,27 +124,28 @@ def table_of(runs: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
     return pd.DataFrame(cells, index=pd.Index(rows, name="method"), dtype=object).fillna("–")
 
 
-def front(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """All settings in one table, and how it was measured: what differs between the settings, accuracy in training, and
+def front(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str], str]:
+    """All settings in one table, its captions and note: what differs between the settings, accuracy in training, and
     accuracy and ECE of the last checkpoint on the largest test set."""
     varying = [name for name in must_agree(runs.columns) if name not in NAMED and runs[name].nunique() > 1]
     about = [name for name in varying if not name.endswith("_digest")]
     parts: list[pd.DataFrame] = []
-    notes: list[str] = []
+    notes: dict[str, None] = {}
     for _, part in runs.groupby("table", sort=False):
         evaluated = columns_of(part)["evaluation"]
-        sizes = {name: int(re.sub(r".*: ([\d,]+) images.*", r"\1", name).replace(",", "")) for name in evaluated}
-        largest = max((name for name in evaluated if name.startswith("top1 ")), key=sizes.__getitem__, default="")
-        of_set = largest.removeprefix("top1").partition(":")[0]
-        columns = {"final": "accuracy"} | ({largest: f"{sizes[largest]:,} images"} if largest else {})
-        columns |= {name: "ECE" for name in evaluated if largest and name.startswith(f"ece{of_set}:")}
+        sizes = {name: int(re.sub(r".*: \D*([\d,]+) images.*", r"\1", name).replace(",", "")) for name in evaluated}
+        columns = {"final": "accuracy"}
+        for measure, head in {"clean top1": "{:,} images", "calibration ece": "ECE"}.items():
+            largest = max((name for name in evaluated if name.startswith(measure)), key=sizes.__getitem__, default="")
+            columns |= {largest: head.format(sizes[largest])} if largest else {}
         table = table_of(part, columns)
         for name in [*about, "device"] if about else ():
             names = part.groupby("label", sort=False)[name].agg(lambda of: "; ".join(of.unique()) or "–")
             table.insert(len(table.columns) - len(columns) - 2, name, names)
         parts.append(table)
-        notes += how_measured(part, columns)
-    return pd.concat(parts).rename_axis("method").fillna("–"), list(dict.fromkeys(notes))
+        notes |= dict.fromkeys(how_measured(columns))
+    captions = [caption(runs)] if len(parts) == 1 else []
+    return pd.concat(parts).rename_axis("method").fillna("–"), captions, " ".join(notes)
 
 
 def in_words(numbers: pd.Series) -> str:
@@ -152,16 +153,10 @@ def in_words(numbers: pd.Series) -> str:
     known = numbers.dropna()
     if known.empty:
         return "–"
-    is_drop, digits = str(numbers.name).startswith("drop "), 1 if numbers.name in COSTS else 2
+    is_drop, digits = str(numbers.name).startswith("clean drop"), 1 if numbers.name in COSTS else 2
     mean = f"{-known.mean():+.2f}" if is_drop else f"{known.mean():.{digits}f}"
     deviation = f" ± {known.std():.{digits}f}" if len(known) > 1 else ""
     return minus(mean + deviation) + (f" (n = {len(known)})" if len(known) < len(numbers) else "")
-
-
-def in_points(of: pd.Series) -> str:
-    """A difference with its interval."""
-    interval = "" if math.isnan(of["low"]) else f" [{of['low']:+.2f}, {of['high']:+.2f}]"
-    return minus(f"{of['difference']:+.2f}{interval}")
 
 
 def minus(text: str) -> str:
@@ -177,19 +172,24 @@ def relative(ours: pd.DataFrame, plain: pd.DataFrame | None) -> str:
     return f"{timed[0]['seconds_per_epoch'].mean() / timed[1]['seconds_per_epoch'].mean():.2f}"
 
 
-def how_measured(runs: pd.DataFrame, columns: Mapping[str, str]) -> Iterator[str]:
-    """One sentence a test set on how the columns of a table were measured."""
-    if "final" in columns:
-        yield f"Accuracy in training is on {int(runs['test_images'].iloc[0] or 0):,} test images."
-    sets: dict[tuple[str, str], dict[str, list[str]]] = {}
+def caption(runs: pd.DataFrame) -> str:
+    """The setting of a table's runs."""
+    return f"{runs['table'].iloc[0]}; accuracy on {int(runs['test_images'].iloc[0] or 0):,} test images"
+
+
+def how_measured(columns: Mapping[str, str]) -> Iterator[str]:
+    """One sentence a test set on how the columns of an evaluation were measured."""
+    sets: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for name, head in columns.items():
         if match := MEASURED.fullmatch(name):
             how, _, digest = match["how"].partition(", digest ")
-            sets.setdefault((match["set"], digest), {}).setdefault(how, []).append(head)
-    for (name, digest), hows in sets.items():
+            checkpoint = "Best" if how.startswith("model_best, ") else "Last"
+            hows = sets.setdefault((checkpoint, match["set"], digest), {})
+            hows.setdefault(how.removeprefix("model_best, "), []).append(head)
+    for (checkpoint, name, digest), hows in sets.items():
         texts = [", ".join(heads) + (f": {how}" if how not in heads else "") for how, heads in hows.items()]
         of_set = "the test set" if name == "test" else f"test set “{name}”"
-        yield f"Last checkpoint on {of_set}{f' (digest {digest})' if digest else ''}: {'; '.join(texts)}."
+        yield f"{checkpoint} checkpoint on {of_set}{f' (digest {digest})' if digest else ''}: {'; '.join(texts)}."
 
 
 def described(runs: pd.DataFrame) -> Iterator[str]:
@@ -198,21 +198,13 @@ def described(runs: pd.DataFrame) -> Iterator[str]:
         row = part.iloc[0]
         names = [name for name in must_agree(part.columns) if name not in NAMED and row[name]]
         yield f"{table}: {', '.join(setting(name, row[name]) for name in names)}."
-    for label, part in runs.groupby("label", sort=False):
-        if words := words_of(part.iloc[0]):
-            yield f"{label}: {', '.join(words)}."
+    rows = runs.drop_duplicates(["table", "label"]).to_dict("records")
+    yield from dict.fromkeys(f"{row['label']}: {', '.join(words)}." for row in rows if (words := words_of(row)))
     devices = [f"{count} on {device}" for device, count in runs["device"].value_counts(sort=False).items()]
     dates = " to ".join(dict.fromkeys([runs["date"].min()[:10], runs["date"].max()[:10]]))
     commits = ", ".join(commit[:10] for commit in runs["commit"].unique() if commit)
     versions = ", ".join(sorted(runs["torch"].unique()))
     yield f"Runs: {'; '.join(devices)}. PyTorch {versions}; {dates}; commit {commits or 'unknown'}."
-
-
-def not_counted(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs that do not count."""
-    far = runs["epochs_done"].map("{:.0f}".format) + " of " + runs["epochs"] + " epochs"
-    details = {"why": runs["why"], "how far": far.where(runs["state"] != "damaged", runs["note"])}
-    return pd.DataFrame(details).set_index(runs["run"])
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -231,45 +223,42 @@ def in_markdown(runs: pd.DataFrame, wanted: Sequence[str]) -> str:
     whole, left_out = counted(runs)
     blocks = [] if len(whole) else ["No run is finished."]
     if len(whole) and "front" in wanted:
-        table, notes = front(whole)
-        blocks += [markdown(table), escaped(" ".join(notes))]
-    for name, part in whole.groupby("table", sort=False):
+        table, captions, note = front(whole)
+        blocks += [*(f"{escaped(text)}:" for text in captions), markdown(table), escaped(note)]
+    for _, part in whole.groupby("table", sort=False):
         sections = columns_of(part)
         columns = {key: head for section in wanted for key, head in sections.get(section, {}).items()}
         if columns:
-            blocks += [
-                f"{escaped(name)}:",
-                markdown(table_of(part, columns)),
-                *map(escaped, how_measured(part, columns)),
-            ]
+            notes = escaped(" ".join(how_measured(columns)))
+            blocks += [f"{escaped(caption(part))}:", markdown(table_of(part, columns)), *([notes] if notes else [])]
     if any("Δ" in block or "*" in block for block in blocks):
         blocks.append(escaped(FOOTNOTE))
     if len(whole) and "settings" in wanted:
         blocks += map(escaped, described(whole))
     if len(left_out) and "open" in wanted:
-        blocks.append(markdown(not_counted(left_out)))
+        far = left_out["epochs_done"].map("{:.0f}".format) + " of " + left_out["epochs"] + " epochs"
+        far = far.where(left_out["state"] != "damaged", left_out["note"])
+        blocks.append(markdown(pd.DataFrame({"why": left_out["why"], "how far": far}).set_index(left_out["run"])))
     return "\n\n".join(blocks) + "\n"
 
 
 def in_latex(runs: pd.DataFrame) -> str:
-    """The table of each setting for LaTeX; one of many columns is split by their sections."""
+    """The table of each setting for LaTeX, split by its sections: all columns side by side are wider than a page."""
     blocks = [r"% \usepackage{booktabs}"]
-    for name, part in counted(runs)[0].groupby("table", sort=False):
-        sections = [columns for columns in columns_of(part).values() if columns]
-        together = {key: head for columns in sections for key, head in columns.items()}
-        tables = [table_of(part, columns) for columns in (sections if len(together) > 6 else [together])]
-        texts = [
-            table.reset_index()
-            .map(tex)
-            .rename(columns=tex)
-            .to_latex(index=False, column_format="l" + "r" * table.shape[1])
-            for table in tables
+    for _, part in counted(runs)[0].groupby("table", sort=False):
+        lines = [
+            r"\begin{table}",
+            r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
+            rf"\caption{{{tex(caption(part))}.}}",
         ]
-        note = rf"\parbox{{\linewidth}}{{{tex(' '.join([*how_measured(part, together), FOOTNOTE]))}}}"
-        opened = (
-            f"\\begin{{table}}\n\\centering\\footnotesize\\setlength{{\\tabcolsep}}{{4pt}}\n\\caption{{{tex(name)}}}"
-        )
-        blocks.append("\n\n\\medskip\n".join([opened, *texts, note]) + "\n\\end{table}")
+        notes: list[str] = []
+        for columns in columns_of(part).values():
+            if columns:
+                table = table_of(part, columns).reset_index().map(tex).rename(columns=tex)
+                lines += ["", r"\medskip", table.to_latex(index=False, column_format="l" + "r" * (table.shape[1] - 1))]
+                notes += how_measured(columns)
+        note = tex(" ".join([*dict.fromkeys(notes), FOOTNOTE]))
+        blocks.append("\n".join([*lines, rf"\medskip\parbox{{\linewidth}}{{{note}}}", r"\end{table}"]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -279,12 +268,9 @@ def tex(text: str) -> str:
 
 
 def write_summary(runs: pd.DataFrame, out: Path) -> None:
-    """Every file, into ``out``; pictures of an earlier call, which may be of other runs, are removed first."""
+    """Every file, into ``out``."""
     whole, _ = counted(runs)
     out.mkdir(parents=True, exist_ok=True)
-    for path in out.iterdir():
-        if PICTURE.fullmatch(path.name):
-            path.unlink()
     measures = [name for columns in columns_of(whole).values() for name in columns]
     numbers = whole.groupby(["table", "label"], sort=False)[measures].agg(["mean", "std", "count"])
     numbers.columns = [f"{name} {kind}" for name, kind in numbers.columns]
@@ -296,11 +282,7 @@ def write_summary(runs: pd.DataFrame, out: Path) -> None:
     write_runs(out / "runs.csv", runs)
     for number, (_, part) in enumerate(whole.groupby("table", sort=False), 1):
         write_pictures(out, part, f"_{number}" if number > 1 else "")
-    print(texts["summary.md"])
-    print(
-        *sorted(path for path in out.iterdir() if PICTURE.fullmatch(path.name) or path.name in (*texts, "runs.csv")),
-        sep="\n",
-    )
+    print(f"{texts['summary.md']}\nwritten into {out}")
 
 
 def write_pictures(out: Path, runs: pd.DataFrame, suffix: str) -> None:
@@ -329,11 +311,12 @@ def refreshed(path: Path) -> str:
     if text.count("<!-- summarize ") != len(MARKED.findall(text)) or not MARKED.search(text):
         raise UserError(f"{path} needs lines <!-- summarize PATH.csv --> … <!-- /summarize -->, each closed")
 
-    def part(found: re.Match[str]) -> str:
-        words = found[2].split()
+    def part(marked: re.Match[str]) -> str:
+        words = marked[2].split()
         wanted = [word for word in words if word in SECTIONS] or SECTIONS[:-1]
-        runs = read_runs(path.parent / word for word in words if word not in SECTIONS)
-        return f"{found[1]}\n{in_markdown(runs, wanted)}\n{found[4]}"
+        roots = [sorted(path.parent.glob(word)) or [path.parent / word] for word in words if word not in SECTIONS]
+        runs = read_runs(root for found in roots for root in found)
+        return f"{marked[1]}\n{in_markdown(runs, wanted)}\n{marked[4]}"
 
     return MARKED.sub(part, text)
 

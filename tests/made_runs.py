@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.files import read_json, write_json
-from utils.records import COLUMNS, final_accuracy
+from utils.run import COLUMNS, final_accuracy
 
 SETTINGS = {
     "dataset": "cifar10", "labels_per_class": 500, "arch": "preactresnet18", "initial_channels": 16, "epochs": 4,

@@ -118,9 +118,9 @@ def test_what_was_measured_in_two_ways_has_two_columns(tmp_path: Path) -> None:
         evaluated(folder, "clean", {"top1": 70.0}, digest=DIGESTS["test"] if seed < 3 else "another")
     text = shown(tmp_path / "runs")
     (row,) = cells(text, "Vanilla")
-    assert (row["FGSM 4"], row["FGSM 4 ′"]) == ("13.00 (n = 1)", "11.50 ± 0.71 (n = 2)")
+    assert (row["FGSM 4"], row["FGSM 4 ′"]) == ("11.50 ± 0.71 (n = 2)", "13.00 (n = 1)")
     assert row["top-1"] == "70.00 ± 0.00 (n = 2)"  # of other images than the run's it does not count
-    assert "FGSM 4: 10 images, seed 0; FGSM 4 ′: 20 images, seed 0." in text
+    assert "FGSM 4: 20 images, seed 0; FGSM 4 ′: 10 images, seed 0." in text
 
 
 def test_another_test_set_is_named(tmp_path: Path) -> None:
@@ -165,8 +165,6 @@ def test_times_are_compared_on_one_device(tmp_path: Path) -> None:
 
 def test_wide_tables_are_split_by_their_columns_for_latex(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "runs", "vanilla", 1, add_name="a_b|50%&$x<!-- {~^#\\")
-    one = summarize.in_latex(read_runs([tmp_path / "runs"]))
-    assert one.count(r"\begin{tabular}") == 1
     evaluated(folder, "fgsm", dict.fromkeys("12345", 1.0))
     evaluated(folder, "clean", {"top1": 1.0})
     make_run(tmp_path / "runs", "vanilla", 1)

@@ -54,7 +54,7 @@ def test_a_table_of_runs_says_what_the_folders_say(tmp_path: Path) -> None:
     runs = read_runs([tmp_path / "runs"])
     write_runs(tmp_path / "runs.csv", runs)
     pd.testing.assert_frame_equal(read_runs([tmp_path / "runs.csv"]), runs)
-    assert len(counted(read_runs([tmp_path / "runs.csv", tmp_path / "runs"]))[0]) == 1  # named twice, one run
+    assert len(counted(read_runs([tmp_path / "runs.csv", tmp_path / "runs"]))[0]) == 1  # named twice
     runs.loc[:, ["seconds_per_epoch", "images_per_second", "hours"]] = math.nan
     write_runs(tmp_path / "untimed.csv", runs)
     for roots in (["untimed.csv", "runs"], ["runs", "untimed.csv"]):
@@ -109,7 +109,7 @@ def test_of_two_runs_of_a_seed_the_first_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("config.json", "{", "JSON"),
+        ("config.json", "{", "config.json"),
         ("config.json", '{"settings": {}}', "method"),
         ("config.json", None, "config.json"),
         ("metrics.csv", "epoch,test_top1\n0,70\n2,71\n", "skips an epoch"),
@@ -136,7 +136,7 @@ def test_damaged_folders_are_named(tmp_path: Path, name: str, content: str | byt
     assert reason in left_out["note"].item()
 
 
-@pytest.mark.parametrize("content", [{"started": ""}, {"classes": 1}, {"images": []}], ids=str)
+@pytest.mark.parametrize("content", [{"started": ""}, {"started": 5}, {"classes": 1}, {"images": []}], ids=str)
 def test_a_config_of_nonsense_is_a_damaged_run(tmp_path: Path, content: dict[str, Any]) -> None:
     change(make_run(tmp_path, "vanilla", 1), **content)
     assert read_runs([tmp_path])["state"].tolist() == ["damaged"]
@@ -169,14 +169,14 @@ def test_each_way_of_measuring_is_a_column(tmp_path: Path) -> None:
     evaluated(folder, "fgsm", {"2": 20.0}, how={"eps": [2], "seed": 0})
     evaluated(folder, "fgsm", {"4": 11.0}, how={"images": 20, "eps": [4], "seed": 0})
     assert measured(tmp_path) == {
-        "top1 [test: 40 images, digest 22222222]": [70],
-        "corruption error [test: 40 images, seed 0, source made here, digest 22222222]": [40],
+        "clean top1 [test: 40 images, digest 22222222]": [70],
+        "corruptions error [test: 40 images, seed 0, source made here, digest 22222222]": [40],
         "fgsm 2 [test: 40 images, seed 0, digest 22222222]": [20],
         "fgsm 4 [test: 40 images, seed 0, digest 22222222]": [10],
         "fgsm 4 [test: 20 images, seed 0, digest 22222222]": [11],
         "fgsm 8 [test: 40 images, seed 0, digest 22222222]": [5],
-        "top1 [other: 1,000 images, digest 33333333]": [60],
-        "drop [other: 1,000 images, digest 33333333]": [10],
+        "clean top1 [other: 1,000 images, digest 33333333]": [60],
+        "clean drop [other: 1,000 images, digest 33333333]": [10],
     }
 
 
@@ -185,8 +185,8 @@ def test_an_evaluation_counts_for_the_last_checkpoint_and_the_test_set_of_its_ru
     evaluated(mine, "clean", {"top1": 1.0}, sha256="of another run")
     evaluated(mine, "clean", {"top1": 2.0}, digest="3" * 32)
     evaluated(mine, "clean", {"top1": 3.0}, checkpoint="model_best.pth.tar", epoch=1)
-    column = "top1 [test: 40 images, digest 22222222]"
-    best = "top1 [test: model_best, 40 images, digest 22222222]"
+    column = "clean top1 [test: 40 images, digest 22222222]"
+    best = "clean top1 [test: model_best, 40 images, digest 22222222]"
     assert measured(tmp_path) == {best: [3]}  # the best one where the last was not evaluated, and it says so
     evaluated(mine, "clean", {"top1": 70.0})
     evaluated(other, "clean", {"top1": 4.0}, epoch=2, sha256="of an epoch before")
@@ -235,9 +235,7 @@ def test_spellings_of_a_spreadsheet_are_the_same_values(tmp_path: Path) -> None:
         ({"curve": [50.0, 70.0, 70.0]}, "3 accuracies of 4 epochs"),
         ({"curve": [50.0, 70.0, 70.0], "epochs_done": 3.0}, "where 4 make the run"),
         ({"start_epoch": "1"}, "where 3 make the run"),
-        ({"curve": [50.0, 70.0, 170.0, 70.0]}, "within 0 and 100%"),
         ({"date": "yesterday evening"}, "yesterday"),
-        ({"seed": 1.5}, "seed 1.5"),
         ({"method": "sagee"}, "sagee"),
         ({"state": "done"}, "done"),
     ],
@@ -249,13 +247,13 @@ def test_tables_that_contradict_themselves_are_refused(tmp_path: Path, values: d
     for name, value in values.items():
         runs[name] = [value]
     write_runs(tmp_path / "runs.csv", runs)
-    with pytest.raises(UserError, match=r"runs\.csv, line 2: .*" + re.escape(message)):
+    with pytest.raises(UserError, match=r"runs\.csv is not a table of runs: line 2: .*" + re.escape(message)):
         read_runs([tmp_path / "runs.csv"])
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("method,seed\nvanilla,1\n", "no column arch"), ("", "not a table"), ("a\n1,2,3\n", "not a")],
+    [("method,seed\nvanilla,1\n", "no column arch"), ("", "No columns"), ("a\n1,2,3\n", "no column arch")],
 )
 def test_other_files_are_not_tables_of_runs(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "runs.csv").write_text(content)
@@ -366,5 +364,5 @@ def test_seven_digits_are_kept(tmp_path: Path) -> None:
     """What a table of runs holds is what the tables are made of."""
     folder = make_run(tmp_path, "vanilla", 1)
     evaluated(folder, "calibration", {"ece": 1 / 3}, how={"bins": 15})
-    assert measured(tmp_path) == {"ece [test: 40 images, bins 15, digest 22222222]": [0.3333333]}
+    assert measured(tmp_path) == {"calibration ece [test: 40 images, bins 15, digest 22222222]": [0.3333333]}
     assert json.loads((folder / "evaluation" / "results.jsonl").read_text())["numbers"]["ece"] == 1 / 3

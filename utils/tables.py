@@ -1,7 +1,7 @@
 """Runs as one pandas table, a row a run: reading and checking, grouping, and tests over seeds.
 
-What scripts/evaluate.py measured is in columns named ``MEASURE [SET: HOW]``, such as ``fgsm 4 [test: 500 images]``:
-what was measured in two ways is in two columns, and never averaged.
+A column ``fgsm 4 [test: 500 images]`` holds what scripts/evaluate.py measured, on which test set, and how: what was
+measured in two ways is in two columns, and never averaged.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -34,7 +35,8 @@ NUMBERS = ["seed", "epochs_done", "final", "best", "best_epoch", *TIMES, "peak_m
 METHOD = ["method", "settings", "add_name", "origin"]  # agree in a row of a table; all other settings in a whole table
 TEXTS = ["dataset", "arch", *METHOD, "train_digest", "test_digest"]  # never read as numbers
 ABOUT = ["state", "device", "torch", "commit", "date", "run", "command", "note"]  # need not agree
-MEASURED = re.compile(r"(?P<measure>.+) \[(?P<set>[^:\]]+): (?P<how>.*)\]")
+PARTS = {"clean": ("top1", "drop"), "calibration": ("ece",), "corruptions": ("error",)}  # of others all is a column
+MEASURED = re.compile(r"(?P<part>\S+) (?P<measure>\S+) \[(?P<set>[^:\]]+): (?P<how>.*)\]")
 MARKS = {"config.json", "metrics.csv", "result.json"}  # any of them makes a folder the folder of a run
 SET_ASIDE = re.compile(r"\.old-\d{8}-\d{6}$")  # what --overwrite renames a folder to
 PLAIN = METHODS["vanilla"].title
@@ -62,15 +64,12 @@ def read_runs(roots: Iterable[Path]) -> pd.DataFrame:
 def frame_of(rows: list[Row]) -> pd.DataFrame:
     """The rows as a table, in order."""
     names = list(dict.fromkeys([*TEXTS, *(name for row in rows for name in row), "epochs"]))
-    agreeing, measured = must_agree(names), sorted(filter(MEASURED.fullmatch, names), key=place)
-    ordered = sorted(
-        rows, key=lambda row: [order(name, row.get(name, "")) for name in [*agreeing, "seed", "date", "run"]]
-    )
-    runs = pd.DataFrame(ordered, columns=[*agreeing, *NUMBERS, *ABOUT, *measured, "curve"])
+    agreeing, measured = must_agree(names), [*filter(MEASURED.fullmatch, names)]
+    runs = pd.DataFrame(rows, columns=[*agreeing, *NUMBERS, *ABOUT, *measured, "curve"])
     runs[[*agreeing, *ABOUT]] = runs[[*agreeing, *ABOUT]].astype(object).fillna("")
     runs[[*NUMBERS, *measured]] = runs[[*NUMBERS, *measured]].astype(float)
     runs["curve"] = [curve if isinstance(curve, list) else [] for curve in runs["curve"]]
-    return runs
+    return runs.sort_values([*agreeing, "seed", "date", "run"], key=rank, kind="stable", ignore_index=True)
 
 
 def write_runs(path: Path, runs: pd.DataFrame) -> None:
@@ -85,21 +84,12 @@ def must_agree(names: Iterable[str]) -> list[str]:
     return [name for name in names if name not in {*NUMBERS, *ABOUT, "curve"} and not MEASURED.fullmatch(name)]
 
 
-def order(name: str, value: Any) -> tuple[float, float, str]:
-    """A key to sort by: methods as the registry lists them, numbers by size, then texts."""
-    if name == "method":
-        return (0, [*METHODS, value].index(value), "")
-    try:
-        return (0, float(value or 0), "")
-    except ValueError:
-        return (1, 0, str(value))
-
-
-def place(measured: str) -> tuple[bool, str, int, int, str]:
-    """A key to sort columns of measurements by: the test set, the kind of measure, the size of an attack."""
-    kind, of_set = measured.split(" ")[0], measured.partition(" [")[2]
-    kinds = ("top1", "drop", "ece", "corruption", "fgsm", "pgd")
-    return (not of_set.startswith("test:"), of_set.partition(":")[0], kinds.index(kind), measured.index("["), measured)
+def rank(column: pd.Series) -> pd.Series:
+    """What to sort a column by: methods as the registry lists them, numbers by size."""
+    if column.name == "method":
+        return column.map([*METHODS, ""].index)
+    numbers = pd.to_numeric(column.replace("", "0"), errors="coerce")
+    return column if numbers.isna().any() else numbers
 
 
 def plain(value: Any) -> str:
@@ -118,21 +108,20 @@ def read_table(path: Path) -> list[Row]:
     with open(path, encoding="utf-8-sig") as file:
         header = file.readline()
     separator = max(",;\t", key=header.count)
+    rows: list[Row] = []
     try:
-        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig").fillna("")
         if missing := {"method", "dataset", "arch", "seed", "state", "epochs", "curve"} - {*table.columns}:
-            raise ValueError(f"it has no column {min(missing)}")
-        if table.isna().any(axis=None):
-            raise ValueError("a line is shorter than the header")
+            raise ValueError(f"there is no column {min(missing)}")
+        for line, cells in enumerate(table.to_dict("records"), 2):
+            try:
+                row = {name: value_of(name, cell, "," if separator == ";" else ".") for name, cell in cells.items()}
+                check(row)
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(f"line {line}: {error}") from error
+            rows.append(row)
     except ValueError as error:
         raise UserError(f"{path} is not a table of runs: {error}") from error
-    rows = []
-    for line, cells in enumerate(table.to_dict("records"), 2):
-        try:
-            rows.append({name: value_of(name, cell, "," if separator == ";" else ".") for name, cell in cells.items()})
-            check(rows[-1])
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}, line {line}: {error}") from error
     return rows
 
 
@@ -150,16 +139,17 @@ def value_of(name: str, cell: str, decimal: str) -> Any:
 
 def read_folders(root: Path) -> Iterator[Row]:
     """The rows of the runs below a folder, at any depth and behind links, each once."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
     seen: set[str] = set()
-    unreadable: list[OSError] = []
-    for folder, below, files in os.walk(root, followlinks=True, onerror=unreadable.append):
+    for folder, below, files in os.walk(root, followlinks=True, onerror=fail):
         real = os.path.realpath(folder)
         below[:] = sorted(name for name in below if not SET_ASIDE.search(name)) if real not in seen else []
         if real not in seen and not MARKS.isdisjoint(files):
             yield read_run(Path(folder))
         seen.add(real)
-    for error in unreadable:
-        yield {"run": Path(error.filename).name, "state": "damaged", "note": str(error.strerror)}
 
 
 def read_run(folder: Path) -> Row:
@@ -189,7 +179,8 @@ def settings_of(config: dict[str, Any]) -> Row:
         "classes": str(len(config["classes"])), "test_images": str(config["images"]["test"]),
         **{f"{split}_digest": digest for split, digest in config["digests"].items()},
         "device": str(config["device"]), "torch": str(config["versions"]["torch"]),
-        "commit": config["git_commit"] or "", "date": str(pd.Timestamp(config["started"])), "command": command,
+        "commit": config["git_commit"] or "", "command": command,
+        "date": str(datetime.fromisoformat(config["started"])),
     }  # fmt: skip
 
 
@@ -223,40 +214,30 @@ def evaluation_of(folder: Path, row: Row) -> Row:
     of its best, and for the set "test" on the images that it was tested on in training."""
     path = folder / "evaluation" / "results.jsonl"
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    records = [record for record in records if record["set"] != "test" or record["digest"] == row["test_digest"]]
     last = int(row["start_epoch"] or 0) + row["epochs_done"]
-    for name in (LAST, BEST):
+    for name in (LAST, BEST) if records else ():
         if (folder / name).exists():
-            digest = hashlib.sha256((folder / name).read_bytes()).hexdigest() if records else ""
+            digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
             found = [record for record in records if record["sha256"] == digest]
         else:  # the checkpoint was deleted
             found = [of for of in records if of["checkpoint"] == LAST == name and of["epoch"] == last]
-        columns: Row = {}
-        for record in found:
-            if record["set"] != "test" or record["digest"] == row["test_digest"]:
+        if found:
+            columns: Row = {}
+            for record in found:
                 columns |= columns_of(record, "" if name == LAST else "model_best, ")
-        if columns:
             return columns
     return {}
 
 
 def columns_of(record: dict[str, Any], checkpoint: str) -> Row:
     """The columns of a record of results.jsonl."""
-    numbers, part = record["numbers"], record["part"]
-    values = {"top1": numbers.get("top1"), "drop": numbers.get("drop")} if part == "clean" else {}
-    if part == "calibration":
-        values = {"ece": numbers["ece"]}
-    elif part == "corruptions":
-        values = {"corruption error": numbers["error"]}
-    elif part in ("fgsm", "pgd"):
-        values = {f"{part} {eps}": value for eps, value in numbers.items()}
-    how = {name: value for name, value in record["how"].items() if name not in ("images", "eps") and value is not None}
-    words = [f"{record['how']['images']:,} images", *(f"{name} {value}" for name, value in sorted(how.items()))]
-    text = f"{checkpoint}{', '.join(words)}, digest {record['digest'][:8]}"
-    return {
-        f"{name} [{record['set']}: {text}]": float(f"{value:.7g}")
-        for name, value in values.items()
-        if value is not None
-    }
+    numbers, how = record["numbers"], record["how"]
+    words = [f"{name} {how[name]}" for name in sorted(how) if name not in ("images", "eps") and how[name] is not None]
+    text = ", ".join([f"{checkpoint}{how['images']:,} images", *words, f"digest {record['digest'][:8]}"])
+    kept = {name: numbers.get(name) for name in PARTS.get(record["part"], numbers)}
+    names = {name: f"{record['part']} {name} [{record['set']}: {text}]" for name in kept if kept[name] is not None}
+    return {column: float(f"{kept[name]:.7g}") for name, column in names.items()}
 
 
 def check(row: Row) -> None:
@@ -268,12 +249,8 @@ def check(row: Row) -> None:
         raise ValueError(f"state {state!r}, method {row['method']!r}")
     first, done = int(row.get("start_epoch") or 0), len(curve)
     whole = int(row["epochs"]) - first
-    if row["seed"] != int(row["seed"]) or not re.match(r"\d{4}-\d\d-\d\d ", row["date"]):
-        raise ValueError(f"seed {row['seed']:g}, date {row['date']!r}")
     if done != row["epochs_done"] or (state == "finished" and done != whole):
         raise ValueError(f"{done} accuracies of {row['epochs_done']:g} epochs, where {whole} make the run")
-    if not all(0 <= value <= 100 for value in curve):
-        raise ValueError("an accuracy is not within 0 and 100%")
     if curve:
         best = curve[int(row["best_epoch"]) - first] if row.get("best_on") else max(curve)
         numbers = {"final": final_accuracy([{"test_top1": value} for value in curve])[0], "best": best}
@@ -286,12 +263,10 @@ def counted(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The finished runs that count, with the names of their table and row in the columns ``table`` and ``label``; and
     the others, with the reason in the column ``why``. Of two runs of one seed the one that began first counts."""
     agreeing = must_agree(runs.columns)
-    whole, rest = runs[runs["state"] == "finished"], runs[runs["state"] != "finished"]
-    named_once = whole.sort_values("hours").drop_duplicates([*agreeing, "seed", "final", "best", "best_epoch"])
-    again = named_once.sort_values("date").duplicated([*agreeing, "seed"])
-    repeated = whole.loc[again.index[again].sort_values()]
-    left_out = pd.concat([rest.assign(why=rest["state"]), repeated.assign(why="its seed is counted already")])
-    whole = whole.loc[again.index[~again].sort_values()]
+    finished = runs[runs["state"] == "finished"].sort_values(["date", "hours"])
+    again = finished.index[finished.duplicated([*agreeing, "seed"])]
+    why = runs["state"].mask(runs.index.isin(again), "its seed is counted already")
+    whole, left_out = runs[why == "finished"], runs.assign(why=why)[why != "finished"]
     settings = [name for name in agreeing if name not in ("dataset", "arch", *METHOD) and whole[name].nunique() > 1]
     texts = [whole["dataset"], whole["arch"], *(whole[name].map(partial(setting, name)) for name in settings)]
     whole = whole.assign(table=pd.concat(texts, axis=1).agg(", ".join, axis=1) if len(whole) else "", label="")
