@@ -7,56 +7,53 @@
 #   --seeds "…"     (default: 0)                --jobs N      runs side by side (default: number of GPUs, else 1)
 #   --dry_run       print the commands, run nothing
 #   --task N        run the N-th command alone, from 0 (for a job array); --count prints how many there are
-# Everything behind -- goes to each run. Flags for one method alone are in the environment: SAGE_FLAGS="--upper_lambda 0.6 …",
-# COMIX_FLAGS and the like; SAGE_FLAGS_wrn16_8="…" takes their place for one architecture. FLAGS_wrn16_8="…" are for every
-# method on that architecture. Finished runs are skipped and stopped ones continued, so the same call can be given again. A
-# failed run does not stop the others; what is not finished is listed at the end, and the exit code is then 1.
+# Everything behind -- goes to each run; --method, --arch or --seed there stand for a list of one. Flags for one method alone
+# are in the environment: SAGE_FLAGS="--upper_lambda 0.6 …", COMIX_FLAGS and the like; SAGE_FLAGS_wrn16_8="…" take their place
+# for one architecture. FLAGS_wrn16_8="…" are for every method on that architecture. Every word is checked before the first
+# run: a wrong one is exit code 2. Finished runs are skipped and stopped ones continued, so the same call can be given again.
+# A failed run does not stop the others; what is not finished is listed at the end, and the exit code is then 1.
 # Relative paths count from the folder this is called in.
 set -uo pipefail
 checkout=$(cd "$(dirname "$0")/.." && pwd) program=main.py
 [ "$PWD" -ef "$checkout" ] || program=$checkout/main.py
 
-methods=all archs=preactresnet18 seeds=0
-jobs="" dry_run="" task="" count=""
+jobs="" dry_run="" task="" count="" methods="" archs="" seeds="" given=" "
 die() { echo "sweep.sh: error: $*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
+    --methods=* | --archs=* | --seeds=* | --jobs=* | --task=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+  esac
+  [[ $given != *" $1 "* ]] || die "$1 is given twice"
+  case $1 in
     --methods | --archs | --seeds | --jobs | --task)
       [ $# -ge 2 ] || die "$1 needs a value"
-      printf -v "${1#--}" %s "$2"; shift 2 ;;
-    --dry_run) dry_run=1; shift ;;
-    --count) count=1; shift ;;
+      [[ $2 =~ [^[:space:]] ]] || die "$1 names none"
+      printf -v "${1#--}" %s "$2"; given+="$1 "; shift 2 ;;
+    --dry_run) dry_run=1; given+="$1 "; shift ;;
+    --count) count=1; given+="$1 "; shift ;;
     --) shift; break ;;
+    -h | --help) sed -n '1d; /^set /q; s/^# \{0,1\}//p' "$0"; exit ;;
     *) die "unknown argument $1 (flags of main.py go behind --)" ;;
   esac
 done
-for list in methods archs seeds; do [[ ${!list} =~ [^[:space:]] ]] || die "--$list names none"; done
+[ -z "$count" ] || [ -z "$task" ] || die "--count and --task exclude each other"
 python=${PYTHON:-$([ -x "$checkout/.venv/bin/python" ] && echo "$checkout/.venv/bin/python" || echo python3)}
 # the GPUs of the machine, or those that the caller allows
 IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+' | paste -sd,)}"
 gpus=${#devices[@]}
 jobs=${jobs:-$((gpus > 0 ? gpus : 1))}
-[[ $jobs =~ ^[1-9][0-9]*$ ]] || die "--jobs $jobs is not a number of runs"
-list='import sys; sys.path.insert(0, sys.argv[1]); import mixup; print(*mixup.METHODS)'
-[ "$methods" != all ] || methods=$("$python" -c "$list" "$checkout") || die "$python cannot list the methods"
-[[ $methods =~ [^[:space:]] ]] || die "$python lists no methods"
+[[ $jobs =~ ^[1-9][0-9]{0,3}$ ]] || die "--jobs $jobs is not a number of runs"
 
+command -v "$python" >/dev/null || die "PYTHON=$python is not a program"
+lines=$("$python" "$checkout/scripts/sweep_commands.py" "$methods" "$archs" "$seeds" "$python" "$program" "$@")
+code=$?
+[ $code -ne 2 ] || exit 2 # said by Python
+[ $code -eq 0 ] && [ -n "$lines" ] || die "$python cannot list the runs"
 commands=()
-for arch in $archs; do
-  for method in $methods; do
-    for seed in $seeds; do
-      flags=$(tr a-z A-Z <<<"$method")_FLAGS
-      flags_of_arch=${flags}_$arch
-      for_arch=FLAGS_$arch
-      extra="${!for_arch:-} ${!flags_of_arch:-${!flags:-}}" # the last one counts where both give a flag
-      # shellcheck disable=SC2086
-      commands+=("$(printf '%q ' "$python" "$program" "$@" --arch "$arch" --method "$method" --seed "$seed" $extra)")
-    done
-  done
-done
+while IFS= read -r line; do commands+=("$line"); done <<<"$lines"
 [ -z "$count" ] || { echo "${#commands[@]}"; exit; }
 if [ -n "$task" ]; then
-  [[ $task =~ ^[0-9]+$ ]] && [ "$task" -lt "${#commands[@]}" ] || die "--task $task: there are ${#commands[@]} runs, counted from 0"
+  [[ $task =~ ^(0|[1-9][0-9]{0,5})$ ]] && [ "$task" -lt "${#commands[@]}" ] || die "--task $task: there are ${#commands[@]} runs, counted from 0"
   echo "${commands[task]}"
   [ -n "$dry_run" ] || eval "exec ${commands[task]}"
   exit

@@ -8,16 +8,19 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from mixup import METHODS
+from scripts import sweep_commands
 from tests.common import ENVIRONMENT, ROOT, SMALL
+from utils.errors import BadArguments
 
 STAND_IN = f"""#!/usr/bin/env bash
-[ "$1" != -c ] || {{ echo "{" ".join(METHODS)}"; exit; }}
+case $1 in *sweep_commands.py) exec "{sys.executable}" "$@" ;; esac
 echo "$CUDA_VISIBLE_DEVICES: $*" >>"$CALLS"
 case "$*" in *"$WAITS"*) until [ "$(wc -l <"$CALLS")" -ge 4 ]; do sleep 0.02; done ;; esac
 case "$*" in *"$FAILS"*) echo "error: made to fail" >&2; exit 1 ;; esac
@@ -96,12 +99,83 @@ def test_array_tasks_are_the_same_runs(calls: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--seed", "1"], ["--jobs", "0"], ["--methods"], ["--methods", " "], ["--seeds", ""]]
+    ("words", "error"),
+    [
+        (["--seed", "1"], "unknown argument --seed (flags of main.py go behind --)"),
+        (["--jobs", "0"], "--jobs 0 is not a number of runs"),
+        (["--methods"], "--methods needs a value"),
+        (["--seeds", " "], "--seeds names none"),
+        (["--seeds=1", "--seeds", "2"], "--seeds is given twice"),
+        (["--count", "--task", "1"], "--count and --task exclude each other"),
+        (["--methods", "sage,cutmix"], "unknown name 'sage,cutmix'"),  # said by Python
+    ],
 )
-def test_wrong_words_cost_one_line(calls: Path, words: list[str]) -> None:
+def test_wrong_words_cost_one_line(calls: Path, words: list[str], error: str) -> None:
     done = script("sweep.sh", *words)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert error in done.stderr
     assert not calls.exists()
+
+
+def lines(*flags: str, methods: str = "", archs: str = "", seeds: str = "", **environment: str) -> list[str]:
+    """What of each run is not the same everywhere."""
+    given = {"--methods": methods.split(), "--archs": archs.split(), "--seeds": seeds.split()}
+    runs = sweep_commands.list_runs({name: value for name, value in given.items() if value}, flags, environment)
+    return [" ".join(run) for run in runs]
+
+
+def test_a_method_architecture_or_seed_behind_the_dashes_is_the_list() -> None:
+    expected = ["--epochs 300 --arch wrn16_8 --method sage --seed 3"]
+    assert lines("--arch", "wrn16_8", "--method=sage", "--epochs", "300", "--seed=3") == expected
+    assert lines("--epochs", "300", archs="wrn16_8", methods="sage", seeds="3") == expected
+    assert [line.split()[3] for line in lines(methods="all")] == [line.split()[3] for line in lines()] == [*METHODS]
+
+
+@pytest.mark.parametrize(
+    ("flags", "given", "error"),
+    [
+        ("", {"methods": "sage,cutmix"}, "--methods: unknown name 'sage,cutmix': did you mean cutmix?"),
+        ("", {"methods": "sage all"}, "--methods: unknown name 'all'"),
+        ("", {"archs": "wrn16-8"}, "did you mean wrn16_8?"),
+        ("", {"seeds": "1 two"}, "--seeds: 'two' is not a whole number"),
+        ("", {"seeds": "1-3"}, "--seeds: '1-3' is not a whole number"),
+        ("", {"seeds": "-1"}, "--seeds: -1 is out of range"),
+        ("", {"seeds": "1 2 01"}, "--seeds has 1 twice"),
+        ("--method cutmix", {"methods": "sage"}, "--method cutmix behind -- contradicts --methods sage"),
+        ("--seed 1 --seed=2", {}, "--seed 2 behind -- contradicts --seed 1"),
+        ("--arch", {}, "--arch behind -- needs a value"),
+        ("--arch vgg", {}, "--archs: unknown name 'vgg'"),
+        ("--epohs 3", {}, "--epohs 3"),
+        ("--epochs many", {}, "--epochs: 'many' is not a whole number"),
+        ("--schedule 5 3 --gammas 0.1 0.1", {}, "--schedule 5 3 is not in rising order"),
+        ("sage", {}, "unrecognized arguments: sage"),
+        ("--help", {}, "--help behind -- runs nothing"),
+        ("--rand_pos 1", {"methods": "vanilla cutmix"}, "--rand_pos is no setting of vanilla, cutmix"),
+        ("--add_name a\nb", {}, "line break"),
+        ("", {"SAGE_FLAGS": "--seed 4"}, "SAGE_FLAGS has --seed, which the sweep sets itself: --seeds"),
+        ("", {"FLAGS_preactresnet18": "--arch=wrn16_8"}, "FLAGS_preactresnet18 has --arch"),
+        ("", {"SAGE_FLAGS": "--n_labels 2"}, "SAGE_FLAGS: --n_labels is no setting of sage"),
+        ("", {"SAGE_FLAGS": "--rand_pos 2"}, "--rand_pos"),
+        ("", {"SAGE_FLAGS": "--rand_pos '1"}, "No closing quotation"),
+        ("", {"COMIXUP_FLAGS": "--any 1"}, "COMIXUP_FLAGS names no method or architecture"),
+        ("", {"SAGE_FLAGS_wrn168": "--rand_pos 1"}, "SAGE_FLAGS_wrn168 names no method or architecture"),
+        ("", {"SAGEFLAGS": "--rand_pos 1"}, "SAGEFLAGS names no method or architecture"),
+        ("", {"sage_flags": "--rand_pos 1"}, "sage_flags names no method or architecture"),
+    ],
+)
+def test_every_word_is_checked_before_the_first_run(flags: str, given: dict[str, str], error: str) -> None:
+    with pytest.raises(BadArguments) as refused:
+        lines(*flags.split(" ") if flags else (), **given)
+    assert error in str(refused.value)
+
+
+def test_flags_of_one_method_or_architecture_alone() -> None:
+    variables = {"SAGE_FLAGS": "--rand_pos 0.1", "SAGE_FLAGS_wrn16_8": "--rand_pos 1", "FLAGS_wrn16_8": "--decay 0.1"}
+    others = {"XLA_FLAGS": "--xla_dump_to=x", "CFLAGS": "-O2", "COMIXUP_FLAGS": ""}
+    got = lines(methods="vanilla sage", archs="preactresnet18 wrn16_8", **variables, **others)
+    assert [line.split("--seed 0")[1].strip() for line in got] == [
+        "", "--rand_pos 0.1", "--decay 0.1", "--decay 0.1 --rand_pos 1",
+    ]  # fmt: skip
 
 
 def test_nothing_is_finished_without_a_folder_for_temporary_files(
@@ -137,15 +211,17 @@ def test_reproduction_is_the_papers_table(calls: Path, name: str, first: str, ot
     assert "--fast" in line
     assert line.count("--seed 5") == line.count("main.py") == 8 * 3
     assert script(f"reproduce_{name}.sh", "data").returncode == 2
+    line = script(f"reproduce_{name}.sh", "data", "runs", "--dry_run", "--", "--arch", "wrn16_8", "--seed=4").stdout
+    assert line.count("--arch wrn16_8") == line.count("--seed 4") == line.count("main.py") == 8
 
 
 # ---------------------------------------------------------------------------------------------------------- real runs
 
 
 @pytest.fixture
-def words(python: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+def words(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Behind -- of a sweep of runs long enough to be caught."""
-    for name, value in {**ENVIRONMENT, "PYTHON": python, "CUDA_VISIBLE_DEVICES": ""}.items():
+    for name, value in {**ENVIRONMENT, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}.items():
         monkeypatch.setenv(name, str(value))
     steady = ["--epochs", 10, "--schedule", 5, "--gammas", 0.1, "--checkpoint_minutes", "1e-6"]
     return ["--", *SMALL, *steady, "--data_dir", tree, "--root_dir", tmp_path]
