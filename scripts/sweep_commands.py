@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mixup import METHODS, all_settings
 from mixup.settings import settings_of
 from models import ARCHITECTURES
-from utils import errors, options
+from utils import options
 from utils.errors import BadArguments
 
 OWN = {"--method": "--methods", "--arch": "--archs", "--seed": "--seeds"}  # what a sweep sets in each run
@@ -152,4 +152,4 @@ def check_run(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    sys.exit(main())
