@@ -11,9 +11,9 @@ Runs that differ in nothing but the seed and the machine are averaged. Written a
     runs.csv                  one row a run: settings, command, measurements, accuracy after each epoch
     dots, curves, cost        pictures (.png, .pdf) of accuracy: each seed's, by epoch, by the time of an epoch
 
---refresh replaces what stands between the lines <!-- summarize PATH.csv SECTION… --> and <!-- /summarize -->. PATH is
-relative to the text and may have wildcards. Sections are accuracy, evaluation, robustness, cost (columns of one table),
-settings, open (runs that do not count), and front: all settings in one table.
+--refresh replaces what stands between the lines <!-- summarize PATH.csv SECTION ... --> and <!-- /summarize -->. PATH
+is relative to the text and may have wildcards. Sections are accuracy, evaluation, robustness and cost (columns of one
+table), settings, open (runs that do not count), and front (all settings in one table).
 """
 
 from __future__ import annotations

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import statistics
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pandas as pd
 import pytest
 
-from mixup import METHODS
 from scripts import summarize
 from tests.common import ROOT, SAGE, SMALL, main
 from tests.made_runs import DIGESTS, change, evaluated, make_run
@@ -163,11 +161,12 @@ def test_times_are_compared_on_one_device(tmp_path: Path) -> None:
     assert cells(shown(tmp_path / "runs.csv"), "CutMix")[0]["× Vanilla"] == "–"
 
 
-def test_wide_tables_are_split_by_their_columns_for_latex(tmp_path: Path) -> None:
+def test_latex_and_markdown_are_escaped_and_wide_tables_split(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "runs", "vanilla", 1, add_name="a_b|50%&$x<!-- {~^#\\")
     evaluated(folder, "fgsm", dict.fromkeys("12345", 1.0))
     evaluated(folder, "clean", {"top1": 1.0})
     make_run(tmp_path / "runs", "vanilla", 1)
+    assert r"| Vanilla (“a\_b\|50%&\$x\<!-- {~^#\\”) |".replace(r"\_", "_") in shown(tmp_path / "runs")
     latex = summarize.in_latex(read_runs([tmp_path / "runs"]))
     tabulars = re.findall(r"\\begin{tabular}{(lr*)}\n\\toprule\n(.*) \\\\\n\\midrule", latex)
     assert [columns for columns, _ in tabulars] == ["lrrrr", "lr", "lrrrrr", "lrrr"]
@@ -178,52 +177,26 @@ def test_wide_tables_are_split_by_their_columns_for_latex(tmp_path: Path) -> Non
     assert latex.isascii()
 
 
-def test_names_do_not_break_markdown(tmp_path: Path) -> None:
-    make_run(tmp_path / "runs", "vanilla", 1)
-    make_run(tmp_path / "runs", "vanilla", 2, add_name="a|b <!-- /summarize -->`")
-    text = shown(tmp_path / "runs")
-    assert "| Vanilla (“a\\|b \\<!-- /summarize -->\\`”) | 1 |" in text
-
-
-def test_a_ninth_method_needs_no_line_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    @dataclasses.dataclass
-    class Ninth(METHODS["input"]):  # type: ignore[misc]
-        name: ClassVar[str] = "ninth"
-        title: ClassVar[str] = "Ninth Mix"
-
-    monkeypatch.setitem(METHODS, "ninth", Ninth)
-    make_run(tmp_path / "runs", "vanilla", 1)
-    make_run(tmp_path / "runs", "ninth", 1, 75.0)
-    assert cells(write(tmp_path / "runs", tmp_path / "out"), "Ninth Mix")[0]["accuracy"] == "75.00"
-
-
 @pytest.mark.skipif(not hasattr(pictures, "plot_dots"), reason="there are no pictures yet")
-def test_pictures_of_an_earlier_call_do_not_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_run(tmp_path / "runs", "vanilla", 1)
-    make_run(tmp_path / "runs", "vanilla", 1, learning_rate=0.1)
-    make_run(tmp_path / "empty", "vanilla", 1, done=0)
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "curves.txt").write_text("of somebody else")
-    write(tmp_path / "runs", out)
-    assert {"dots.png", "dots_2.png", "curves.pdf", "cost_2.pdf"} <= {path.name for path in out.iterdir()}
-    listed = {Path(line).name for line in capsys.readouterr().out.splitlines() if line.startswith(str(out))}
-    assert listed == {path.name for path in out.iterdir()} - {"curves.txt"}
-    assert write(tmp_path / "empty", out).startswith("No run is finished.\n")
-    assert not [path.name for path in out.iterdir() if path.suffix in (".png", ".pdf")]
-
-
-@pytest.mark.skipif(not hasattr(pictures, "plot_dots"), reason="there are no pictures yet")
-def test_a_picture_that_fails_is_a_warning(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_each_setting_has_pictures_and_one_that_fails_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("no LaTeX")
 
+    for rate in (0.1, 0.2):
+        make_run(tmp_path / "runs", "vanilla", 1, learning_rate=rate)
     monkeypatch.setattr(pictures, "plot_cost", fail)
-    write(runs, tmp_path / "out")
-    assert not (tmp_path / "out" / "cost.png").exists()
-    assert (tmp_path / "out" / "dots.png").exists()
+    write(tmp_path / "runs", tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir() if path.suffix in (".png", ".pdf")}
+    assert names == {f"{name}.{kind}" for name in ("dots", "dots_2", "curves", "curves_2") for kind in ("png", "pdf")}
+
+
+def test_nothing_finished_makes_no_tables(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", "vanilla", 1, done=0)
+    text = write(tmp_path / "runs", tmp_path / "out")
+    assert text.startswith("No run is finished.\n")
+    assert cells(text, "vanilla_seed1")[0]["how far"] == "0 of 4 epochs"
 
 
 def test_texts_are_refreshed(runs: Path, tmp_path: Path) -> None:
