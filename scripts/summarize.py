@@ -28,23 +28,11 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import pictures
+from utils import pictures, tables
 from utils.errors import BadArguments, UserError, exit_code
 from utils.files import atomic_write
 from utils.options import Parser
-from utils.tables import (
-    LEVEL,
-    MEASURED,
-    METHOD,
-    PLAIN,
-    compare,
-    counted,
-    must_agree,
-    read_runs,
-    setting,
-    words_of,
-    write_runs,
-)
+from utils.tables import LEVEL, MEASURED, METHOD, PLAIN, must_agree, setting, words_of
 
 SECTIONS = ("accuracy", "evaluation", "robustness", "cost", "settings", "open", "front")
 NAMED = ("dataset", "arch", *METHOD, "table", "label")  # settings that the names of tables and rows say
@@ -78,7 +66,7 @@ def work(args: argparse.Namespace) -> int:
     if not args.roots and not args.refresh:
         raise BadArguments("name a folder of runs, a runs.csv, or a text to --refresh")
     if args.roots:
-        write_summary(read_runs(args.roots), args.out)
+        write_summary(tables.read_runs(args.roots), args.out)
     for path in args.refresh:
         write_text(path, refreshed(path))
         print(path)
@@ -104,7 +92,7 @@ def columns_of(runs: pd.DataFrame) -> dict[str, dict[str, str]]:
 
 def table_of(runs: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
     """The table of one setting: cells as text, a row a method."""
-    tests = compare(runs, [name for name in columns if name not in COSTS])
+    tests = tables.compare(runs, [name for name in columns if name not in COSTS])
     tests = tests[tests["against"] == PLAIN]
     rows = dict(list(runs.groupby("label", sort=False)))
     cells = {"n": {label: str(len(part)) for label, part in rows.items()}} if "final" in columns else {}
@@ -220,7 +208,7 @@ def escaped(text: str) -> str:
 
 def in_markdown(runs: pd.DataFrame, wanted: Sequence[str]) -> str:
     """The wanted sections as Markdown."""
-    whole, left_out = counted(runs)
+    whole, left_out = tables.counted(runs)
     blocks = [] if len(whole) else ["No run is finished."]
     if len(whole) and "front" in wanted:
         table, captions, note = front(whole)
@@ -245,7 +233,7 @@ def in_markdown(runs: pd.DataFrame, wanted: Sequence[str]) -> str:
 def in_latex(runs: pd.DataFrame) -> str:
     """The table of each setting for LaTeX, split by its sections: all columns side by side are wider than a page."""
     blocks = [r"% \usepackage{booktabs}"]
-    for _, part in counted(runs)[0].groupby("table", sort=False):
+    for _, part in tables.counted(runs)[0].groupby("table", sort=False):
         lines = [
             r"\begin{table}",
             r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
@@ -269,17 +257,19 @@ def tex(text: str) -> str:
 
 def write_summary(runs: pd.DataFrame, out: Path) -> None:
     """Every file, into ``out``."""
-    whole, _ = counted(runs)
+    whole, _ = tables.counted(runs)
     out.mkdir(parents=True, exist_ok=True)
     measures = [name for columns in columns_of(whole).values() for name in columns]
     numbers = whole.groupby(["table", "label"], sort=False)[measures].agg(["mean", "std", "count"])
     numbers.columns = [f"{name} {kind}" for name, kind in numbers.columns]
     texts = {"summary.md": in_markdown(runs, SECTIONS[:-1]), "summary.tex": in_latex(runs)}
     texts["summary.csv"] = numbers.to_csv(float_format="%.7g", lineterminator="\n")
-    texts["differences.csv"] = compare(whole, measures).to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    texts["differences.csv"] = tables.compare(whole, measures).to_csv(
+        index=False, float_format="%.6g", lineterminator="\n"
+    )
     for name, text in texts.items():
         write_text(out / name, text)
-    write_runs(out / "runs.csv", runs)
+    tables.write_runs(out / "runs.csv", runs)
     for number, (_, part) in enumerate(whole.groupby("table", sort=False), 1):
         write_pictures(out, part, f"_{number}" if number > 1 else "")
     print(f"{texts['summary.md']}\nwritten into {out}")
@@ -289,15 +279,10 @@ def write_pictures(out: Path, runs: pd.DataFrame, suffix: str) -> None:
     """The pictures of one table."""
     frame = runs[["label", "method", "seed", "final", "curve", "seconds_per_epoch"]]
     for kind in ("png", "pdf"):
-        attempt("plot_dots", out / f"dots{suffix}.{kind}", frame)
-        attempt("plot_learning_curves", out / f"curves{suffix}.{kind}", frame)
+        pictures.attempt(pictures.plot_dots, out / f"dots{suffix}.{kind}", frame)
+        pictures.attempt(pictures.plot_learning_curves, out / f"curves{suffix}.{kind}", frame)
         if frame["seconds_per_epoch"].notna().any():
-            attempt("plot_cost", out / f"cost{suffix}.{kind}", frame)
-
-
-def attempt(name: str, *args: object) -> None:
-    if hasattr(pictures, name):
-        getattr(pictures, "attempt")(getattr(pictures, name), *args)  # noqa: B009
+            pictures.attempt(pictures.plot_cost, out / f"cost{suffix}.{kind}", frame)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -315,7 +300,7 @@ def refreshed(path: Path) -> str:
         words = marked[2].split()
         wanted = [word for word in words if word in SECTIONS] or SECTIONS[:-1]
         roots = [sorted(path.parent.glob(word)) or [path.parent / word] for word in words if word not in SECTIONS]
-        runs = read_runs(root for found in roots for root in found)
+        runs = tables.read_runs(root for found in roots for root in found)
         return f"{marked[1]}\n{in_markdown(runs, wanted)}\n{marked[4]}"
 
     return MARKED.sub(part, text)

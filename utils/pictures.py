@@ -1,20 +1,23 @@
-"""Pictures of a run: its curves, and mixed images."""
+"""Every picture of a run and of a table of runs."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib import rc_context, rcdefaults
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from scipy import stats
 
+from mixup import METHODS
 from mixup.base import Method, Mixed
 
 from .files import atomic_write
@@ -22,6 +25,8 @@ from .run import best_row, log
 
 MIXED, MIXED_LAST = "mixed.png", "mixed_last.png"
 PAIRS = 6  # shown in them
+# After Okabe and Ito, distinct to colour-blind readers too, in the order of the registry; yellow is darkened.
+PALETTE = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#8C6D1F", "#0072B2", "#CC79A7", "#D55E00")
 
 
 def attempt(draw: Callable[..., None], *args: Any) -> None:
@@ -180,6 +185,110 @@ def _mosaic(columns: Sequence[tuple[str, list[np.ndarray], dict[str, Any]]], tex
     return figure
 
 
+def plot_dots(path: Path, frame: pd.DataFrame) -> None:
+    """Final accuracy of each seed, a row a method in the order of their means, with means and their 95% intervals.
+
+    Args:
+        frame: a run a row, of one setting; the columns label, method, seed, final, curve (accuracy by epoch),
+            seconds_per_epoch.
+    """
+    styles = _styles(frame)
+    means = frame.groupby("label")["final"].mean().sort_values(kind="stable")
+    figure = Figure(figsize=(7.2, 0.9 + 0.36 * len(means)), layout="constrained", dpi=150)
+    panel = figure.subplots()
+    for row, (label, mean) in enumerate(means.items()):
+        finals = frame["final"][frame["label"] == label]
+        colour = styles[label]["color"]
+        panel.scatter(finals, [row - 0.13] * len(finals), s=26, color=colour, alpha=0.55, linewidth=0)
+        half = stats.t.ppf(0.975, len(finals) - 1) * stats.sem(finals) if len(finals) > 1 else 0
+        panel.errorbar(mean, row + 0.13, xerr=half, fmt="|", color=colour, markersize=11, markeredgewidth=2, capsize=3)
+    for mean in frame["final"][frame["method"] == "vanilla"].groupby(frame["label"]).mean():
+        panel.axvline(mean, color=PALETTE[0], linewidth=0.8, linestyle=":", zorder=0)
+    panel.set_yticks(range(len(means)), _counted(frame, means.index))
+    panel.set_xlabel(f"test accuracy [%]: seeds{_same_count(frame)}, mean and 95% interval; dotted: plain training")
+    _trim(panel, "x")
+    _save(figure, path)
+
+
+def plot_learning_curves(path: Path, frame: pd.DataFrame) -> None:
+    """Mean accuracy by epoch of the same frame; beside it the last quarter, with the standard deviation of plain
+    training and of the method that ends highest."""
+    styles = _styles(frame)
+    order = frame.groupby("label")["final"].mean().sort_values(ascending=False, kind="stable").index
+    plain = frame["label"][frame["method"] == "vanilla"].iloc[:1].tolist()
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained", dpi=150)
+    whole, end = figure.subplots(1, 2)
+    for label, text in zip(order, _counted(frame, order), strict=True):
+        curves = np.array(frame["curve"][frame["label"] == label].tolist())
+        mean, epochs = curves.mean(axis=0), np.arange(1, curves.shape[1] + 1)
+        last = slice(-max(1, len(epochs) // 4), None)
+        whole.plot(epochs, mean, label=text, linewidth=1.1, **styles[label])
+        end.plot(epochs[last], mean[last], linewidth=1.6, **styles[label])
+        if len(curves) > 1 and label in (order[0], *plain):
+            spread = curves.std(axis=0, ddof=1)[last]
+            colour = styles[label]["color"]
+            end.fill_between(
+                epochs[last], mean[last] - spread, mean[last] + spread, color=colour, alpha=0.15, linewidth=0
+            )
+    whole.legend(frameon=False, fontsize=9, loc="lower right")
+    whole.set_ylabel(f"test accuracy [%], mean{_same_count(frame)}")
+    end.set_title("last quarter; bands: ± standard deviation", fontsize=10)
+    for panel in (whole, end):
+        panel.set_xlabel("epoch")
+        panel.xaxis.set_major_locator(whole_numbers())
+        _trim(panel, "both")
+    _save(figure, path)
+
+
+def plot_cost(path: Path, frame: pd.DataFrame) -> None:
+    """Final accuracy of the same frame against the time of an epoch: of plain training, where that was measured."""
+    styles = _styles(frame)
+    times = frame.groupby("label", sort=False)["seconds_per_epoch"].mean().dropna()
+    plain = times[times.index.isin(frame["label"][frame["method"] == "vanilla"])]
+    times = times / plain.iloc[0] if len(plain) else times
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=150)
+    panel = figure.subplots()
+    for label, time in times.items():
+        finals = frame["final"][frame["label"] == label]
+        spread = finals.std() if len(finals) > 1 else 0
+        marker = "o" if styles[label]["linestyle"] == "-" else "s"
+        panel.errorbar(time, finals.mean(), spread, fmt=marker, color=styles[label]["color"], capsize=3, label=label)
+    panel.set_xlabel("time of an epoch" + (", plain training = 1" if len(plain) else " [s]"))
+    panel.set_ylabel("test accuracy [%], mean ± standard deviation")
+    panel.legend(frameon=False, fontsize=9)
+    _trim(panel, "both")
+    _save(figure, path)
+
+
+def _styles(frame: pd.DataFrame) -> dict[Any, dict[str, Any]]:
+    """Colour of the method, and a line of its own for each of the method's settings."""
+    found: dict[Any, dict[str, Any]] = {}
+    for method, labels in frame.groupby("method", sort=False)["label"].unique().items():
+        colour = PALETTE[list(METHODS).index(str(method)) % len(PALETTE)]
+        for label, line in zip(labels, cycle(("-", "--", ":", "-.")), strict=False):
+            found[label] = {"color": colour, "linestyle": line}
+    return found
+
+
+def _same_count(frame: pd.DataFrame) -> str:
+    """The number of seeds, if all methods have the same."""
+    counts = frame["label"].value_counts().unique()
+    return f" (n = {counts[0]})" if len(counts) == 1 else ""
+
+
+def _counted(frame: pd.DataFrame, labels: Iterable[Any]) -> list[str]:
+    """Names of the methods, with their numbers of seeds where these differ."""
+    counts = frame["label"].value_counts()
+    return [label if counts.nunique() == 1 else f"{label}, n = {counts[label]}" for label in labels]
+
+
+def _trim(panel: Any, axis: Any) -> None:
+    panel.grid(axis=axis, alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
 def _save(figure: Figure, path: Path) -> None:
+    """A PNG or PDF, by its name; without a date, so that it is the same each time."""
+    kind = path.suffix.removeprefix(".")
     with atomic_write(path) as file:
-        FigureCanvasAgg(figure).print_png(file)
+        figure.savefig(file, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
