@@ -118,7 +118,7 @@ def test_of_two_runs_of_a_seed_the_first_counts(tmp_path: Path) -> None:
         ("result.json", '{"final_top1": 12, "best_top1": 70}', "final is 12"),
         ("result.json", '{"final_top1": "many", "best_top1": 70}', "TypeError"),
         ("result.json", '{"final_top1": 70, "best_top1": 71}', "best is 71"),
-        ("evaluation/results.jsonl", "{", "JSON"),
+        ("evaluation/results.jsonl", "{}\n", "set"),
     ],
 )
 def test_damaged_folders_are_named(tmp_path: Path, name: str, content: str | bytes | None, reason: str) -> None:

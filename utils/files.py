@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+log = logging.getLogger("sage")
 
 
 @contextmanager
@@ -81,3 +84,25 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: it holds a {type(content).__name__}")
     return content
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """``record`` as one more line of JSON, on the disk when this returns. Earlier lines stay as they are."""
+    with open(path, "a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        start = "" if file.read(1) in (b"", b"\n") else "\n"  # a call that was killed left half a line
+        file.write(f"{start}{json.dumps(record)}\n".encode())
+        os.fsync(file.fileno())
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """What ``append_record`` wrote, oldest first; half a line that a killed call left is ignored, with a warning."""
+    records = []
+    content = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            log.warning(f"warning: line {number} of {path} is cut off; it is ignored")
+    return records

@@ -7,7 +7,6 @@ measured in two ways is in two columns, and never averaged.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -27,7 +26,7 @@ from mixup import METHODS, settings_for
 
 from .checkpoint import BEST, LAST
 from .errors import UserError
-from .files import atomic_write, read_json
+from .files import atomic_write, read_json, read_records
 from .run import best_row, final_accuracy
 
 TIMES = ["seconds_per_epoch", "images_per_second", "hours"]
@@ -212,8 +211,7 @@ def training_of(folder: Path, row: Row) -> Row:
 def evaluation_of(folder: Path, row: Row) -> Row:
     """The newest of each measurement in evaluation/results.jsonl that counts for the run: of its last checkpoint, else
     of its best, and for the set "test" on the images that it was tested on in training."""
-    path = folder / "evaluation" / "results.jsonl"
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    records = read_records(folder / "evaluation" / "results.jsonl")
     records = [record for record in records if record["set"] != "test" or record["digest"] == row["test_digest"]]
     last = int(row["start_epoch"] or 0) + row["epochs_done"]
     for name in (LAST, BEST) if records else ():
