@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from utils.unpickle import Inert
 
 from mixup.settings import NORMALISATION
 from models import ARCHITECTURES, build_model
@@ -19,7 +20,6 @@ from tests.common import ENVIRONMENT, ROOT
 from utils import archive, checkpoint
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.unpickle import Inert
 
 
 def state(epoch: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from utils.runs import Progress, Training
 
 from load_data import Data, Split
 from mixup import METHODS, build_method
@@ -28,7 +29,6 @@ from utils import distributed, train
 from utils.device import step_generator
 from utils.distributed import World
 from utils.errors import UserError
-from utils.runs import Progress, Training
 
 IMAGES = 12
 UNEVEN = 11  # divides over neither 2 nor 4

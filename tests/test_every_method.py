@@ -17,6 +17,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor, nn
+from utils.runs import Run
 
 import models
 from load_data import DATASETS, train_batches
@@ -24,7 +25,6 @@ from main import make_run
 from mixup import METHODS, build_method, gridcut
 from mixup.base import Method, Step
 from utils import options, train
-from utils.runs import Run
 
 SOURCES = {  # the words that name each, but for its folder
     "cifar10 as published": "cifar10",

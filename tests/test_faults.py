@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
+from utils.runs import Progress, Training
 
 from mixup import METHODS, build_method
 from tests import forked
@@ -30,7 +31,6 @@ from tests.common import rows
 from utils import archive, checkpoint, distributed, options, runs, train
 from utils.errors import UserError
 from utils.files import remove_leftovers
-from utils.runs import Progress, Training
 
 KILLS = 7  # of each method
 OF_METHOD = {"sage": ["--rand_pos", "0.05", "--update_ratio", "0.7"], "vanilla": ["--dropout", "True"]}
