@@ -6,11 +6,11 @@
 
 What a data set is stands in ``KINDS``, one row each. Where its images come from:
 
-* An **image tree** in ``data_dir``, for every data set but ``digits``: ``train/<class>/`` and ``test/<class>/``, or
-  ``val/<class>/`` where there is no ``test/`` (``utils/images.py`` says what is read and how). Images become 32×32 for
-  cifar10 and cifar100, 64×64 for tiny-imagenet-200, which is read as published. For ``folder`` they become
-  ``image_size`` squared; without it they keep their size where all have the same and neither side is above 128, else
-  they become 64×64. An image of another size is cropped centrally to the wanted shape and resized (bicubic).
+* An **image tree** in ``data_dir``, for every data set but ``digits``: ``train/<class>/``, ``test/<class>/``, perhaps
+  ``val/<class>/`` (``utils/images.py`` says what is read and how). Images become 32×32 for cifar10 and cifar100, 64×64
+  for tiny-imagenet-200, which is read as published. For ``folder`` they get ``image_size``; without it they keep their
+  size where all have the same and neither side is above 128, else they become 64×64. An image of another size is
+  cropped centrally to the wanted shape and resized (bicubic).
 * **cifar10, cifar100** without a tree: torchvision's files, downloaded where missing and checked by their MD5.
 * **digits**: scikit-learn's 1,797 handwritten digits, 8×8 enlarged to 32×32; a fifth of each class is the test set,
   always the same. Needs no files. Digits are not flipped in training: a mirrored digit is another thing.
@@ -20,28 +20,34 @@ A data set of another kind is another row, and a source beside those below if no
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import http.client
 import os
-import socket
+import shutil
 import sys
 import tarfile
+import tempfile
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
 
 from mixup.base import to_device
 from mixup.settings import NORMALISATION, Colour
-from utils.errors import UserError
-from utils.images import TINY_ARCHIVE, Reading, load_tree, one_line, pixel_digest
-
-PIECE = 2**19  # pixels whose sums are taken at a time
+from utils.errors import BadArguments, UserError
+from utils.files import atomic_write
+from utils.images import TINY_ARCHIVE, Reading, load_tree, one_line, pixel_digest, split_folders
 
 
 @dataclass(frozen=True)
@@ -69,12 +75,13 @@ class Data:
         source: where the images came from, for the record.
         classes: K names; label k is ``classes[k]``.
         mean, std: of pixels in [0, 1], per channel.
-        train, test, valid: ``valid`` is None where no validation images were set aside.
+        train, test, valid: ``valid`` is None where there are no validation images.
         flip: whether training flips images horizontally.
-        digests: of the whole "train" and "test" split, pixels and labels in their order, before images are chosen by
-            seed: equal for runs of any seed and number of labels on the same data, another if one pixel differs.
-            Class names are not in it.
+        digests: of the whole "train" and "test" split (and "valid" of a tree), pixels and labels in their order, before
+            images are chosen by seed: equal for runs of any seed and number of labels on the same data, another if one
+            pixel differs. Class names are not in it.
         limit: the number of training images a class where ``labels_per_class`` left some out, else None.
+        folders: where "train", "test" and "valid" lie in a tree.
     """
 
     name: str
@@ -88,11 +95,12 @@ class Data:
     flip: bool
     digests: dict[str, str] = field(default_factory=dict)
     limit: int | None = None
+    folders: dict[str, str] = field(default_factory=dict)
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        return self.train.images.shape[2], self.train.images.shape[3]
+        return self.test.images.shape[2], self.test.images.shape[3]
 
     @property
     def stride(self) -> int:
@@ -103,6 +111,16 @@ class Data:
     def padding(self) -> int:
         """Pixels of black on each side before the random crop: 2 for each pixel of ``stride``."""
         return 2 * self.stride
+
+    def describe(self) -> str:
+        """Numbers of images and classes, and which folder is what."""
+        folder = {"valid": "train"} | self.folders
+        source = {split: f" ({name}/)" if self.folders else "" for split, name in folder.items()}
+        valid = f"{len(self.valid)} validation images{source['valid']}, " if self.valid else ""
+        return (
+            f"{len(self.train)} training images{source.get('train', '')} of {len(self.classes)} classes, {valid}"
+            f"{len(self.test)} test images{source.get('test', '')}, {self.image_size[0]}×{self.image_size[1]}"
+        )
 
     def to(self, device: torch.device | str) -> Data:
         """The same data kept on ``device``; on the host still, where it would take over 60 % of free CUDA memory."""
@@ -204,52 +222,96 @@ def _normaliser(data: Data, device: torch.device | str) -> Callable[[Tensor], Te
 
 
 class Found(NamedTuple):
-    """All images of a data set, and the ``pixel_digest`` of both splits where it is known."""
+    """All images of a data set: the splits "train", "test" and perhaps "valid", where each lies in a tree, and the
+    ``pixel_digest`` of each where it is known."""
 
     source: str
     classes: list[str]
-    train: Split
-    test: Split
-    pixels: tuple[str | None, str | None] = (None, None)
+    splits: dict[str, Split]
+    folders: dict[str, str]
+    pixels: dict[str, str]
 
 
 def image_tree(dataset: str, folder: str, reading: Reading) -> Found | None:
-    """Folders of image files; None where there is no folder ``train``."""
+    """Folders of image files; None where there are none for training."""
+    wanted = {"train", "test", "valid"} if reading.test_only else {"train"}
     candidates = [folder, os.path.join(folder, dataset)] if dataset == "tiny-imagenet-200" else [folder]
-    root = next((root for root in candidates if os.path.isdir(os.path.join(root, "train"))), None)
+    root = next((root for root in candidates if wanted & split_folders(root).keys()), None)
     if root is None:
         return None
-    classes, splits = load_tree(root, reading)
-    train, test = (Split(images, labels) for images, labels, _ in splits)
-    return Found(f"image tree {_printable(root)}", classes, train, test, (splits[0][2], splits[1][2]))
+    classes, tree = load_tree(root, reading)
+    splits = {name: Split(split.images, split.labels) for name, split in tree.items()}
+    folders = {name: split.folder for name, split in tree.items()}
+    source = f"image tree {_printable(root)}"
+    return Found(source, classes, splits, folders, {name: split.digest for name, split in tree.items()})
 
 
 def torchvision_files(dataset: str, folder: str, reading: Reading) -> Found:
-    """CIFAR as torchvision keeps it."""
-    from torchvision.datasets import CIFAR10, CIFAR100
-
-    source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # a silent firewall is no network either
-    try:
+    """CIFAR as torchvision keeps it: downloaded and unpacked by one process, for which others wait."""
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
+    if os.path.basename(folder) == kind.base_folder:
+        folder = os.path.dirname(folder)
+    with tempfile.TemporaryDirectory() as scratch:
         try:
-            train = source(folder, train=True)
-        except RuntimeError:  # not there, or not with the right checksums
-            train = source(folder, train=True, download=True)
-        test = source(folder, train=False)
-    except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
-        raise UserError(
-            f"{dataset} is not in {folder!r} and could not be downloaded ({one_line(error)}): put {source.filename} "
-            f"(md5 {source.tgz_md5}, from {source.url}) there, or its unpacked folder {source.base_folder}, "
-            "or an image tree train/<class>/, test/<class>/"
-        ) from None
-    finally:
-        socket.setdefaulttimeout(timeout)
-    splits = [
-        Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
-        for part in (train, test)
-    ]
-    return Found(f"torchvision's files in {_printable(folder)}", list(train.classes), splits[0], splits[1])
+            train = _opened(kind, folder) or kind(_unpacked(kind, folder, scratch))
+            test = kind(train.root, train=False)
+        except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
+            raise UserError(
+                f"{dataset} is not in {folder!r} and could not be downloaded ({one_line(error)}): put {kind.filename} "
+                f"(md5 {kind.tgz_md5}, from {kind.url}) there, or its unpacked folder {kind.base_folder}, "
+                "or an image tree train/<class>/, test/<class>/"
+            ) from None
+    splits = {
+        name: Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for name, part in (("train", train), ("test", test))
+    }
+    return Found(f"torchvision's files in {_printable(folder)}", list(train.classes), splits, {}, {})
+
+
+def _opened(kind: Any, folder: str) -> Any:
+    """torchvision's training set; None where it is not there, or not with the right checksums."""
+    with suppress(RuntimeError):
+        return kind(folder)
+
+
+def _unpacked(kind: Any, folder: str, scratch: str) -> str:
+    """The folder in which CIFAR lies after it was downloaded, where need be, and unpacked: ``folder``, or ``scratch``
+    where that may only be read."""
+    archive = os.path.join(folder, kind.filename)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, f".{kind.filename}.lock"), "w") as lock:
+            with suppress(OSError):  # not every file system has locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if _opened(kind, folder):  # another process was here first
+                return folder
+            if not check_integrity(archive, kind.tgz_md5):
+                _download(kind.url, archive, kind.tgz_md5)
+            with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder) as beside:
+                _unpack(archive, beside)
+                shutil.rmtree(os.path.join(folder, kind.base_folder), ignore_errors=True)
+                os.rename(os.path.join(beside, kind.base_folder), os.path.join(folder, kind.base_folder))
+            return folder
+    except OSError:
+        if not check_integrity(archive, kind.tgz_md5):
+            raise
+        _unpack(archive, scratch)
+        return scratch
+
+
+def _download(url: str, path: str, md5: str) -> None:
+    """A file from the network, whole and as published; with a bar on a terminal."""
+    with urllib.request.urlopen(url, timeout=30) as answer, atomic_write(path) as file:
+        size = int(answer.headers.get("Content-Length") or 0) or None
+        with tqdm.wrapattr(answer, "read", total=size, desc=os.path.basename(path), disable=None) as body:
+            shutil.copyfileobj(body, file, 2**20)
+    if not check_integrity(path, md5):
+        raise OSError(f"what {url} sent has another MD5 than {md5}")
+
+
+def _unpack(archive: str, folder: str) -> None:
+    with tarfile.open(archive) as members:
+        members.extractall(folder, filter="data")
 
 
 def scikit_digits(dataset: str, folder: str, reading: Reading) -> Found:
@@ -267,8 +329,8 @@ def scikit_digits(dataset: str, folder: str, reading: Reading) -> Found:
         members = rng.permutation(np.flatnonzero(digits.target == label))
         in_test[members[: round(len(members) / 5)]] = True
     test = torch.from_numpy(in_test)
-    names = [str(k) for k in range(10)]
-    return Found("scikit-learn's digits", names, Split(images[~test], labels[~test]), Split(images[test], labels[test]))
+    splits = {name: Split(images[part], labels[part]) for name, part in (("train", ~test), ("test", test))}
+    return Found("scikit-learn's digits", [str(k) for k in range(10)], splits, {}, {})
 
 
 def _printable(path: str) -> str:
@@ -310,11 +372,12 @@ def load(
     dataset: str,
     data_dir: str | os.PathLike[str],
     *,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     labels_per_class: int | None = None,
     valid_labels_per_class: int = 0,
     seed: int = 0,
     cache: bool = True,
+    test_only: bool = False,
     warn: Callable[[str], None] = _warn,
 ) -> Data:
     """Load a data set into host memory; the sources are described at the top of this file.
@@ -322,10 +385,12 @@ def load(
     Args:
         dataset: one of ``DATASETS``.
         data_dir: folder with the images; ``digits`` ignores it.
-        image_size: height and width, for ``folder`` only.
+        image_size: height and width, or the side of a square, for ``folder`` only.
         labels_per_class: training images of each class, a random choice by ``seed``; None is all of them.
         valid_labels_per_class: other training images of each class, set aside for validation.
         cache: whether decoded images are kept in ``data_dir``.
+        test_only: a tree without training images will do; ``mean`` and ``std`` are then 0 and 1 where none are
+            published.
         warn: called with one line about anything that the user should know.
 
     Raises:
@@ -337,19 +402,39 @@ def load(
     if image_size is not None and kind.size is not None:
         raise UserError(f"image_size {image_size} is for the dataset folder; {dataset} has a size of its own")
     folder = os.path.abspath(data_dir)
-    reading = Reading(image_size or kind.size, cache, warn)
+    size = image_size or kind.size
+    reading = Reading((size, size) if isinstance(size, int) else size, cache, warn, test_only)
     found = next(filter(None, (source(dataset, folder, reading) for source in kind.sources)), None)
     if found is None:
         raise _nothing_there(dataset, folder)
-    _, classes, train, test, pixels = found
-    digests = {"train": split_digest(train, pixels[0]), "test": split_digest(test, pixels[1])}
+    splits, classes = found.splits, found.classes
+    digests = {name: split_digest(split, found.pixels.get(name)) for name, split in splits.items()}
+    _compare_splits(digests, found.folders, valid_labels_per_class, warn)
+    if "train" not in splits:
+        train = Split(splits["test"].images[:0], splits["test"].labels[:0])
+        mean, std = kind.normalisation or ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        return Data(dataset, found.source, classes, mean, std, train, splits["test"], None, kind.flip, digests)
+    train, valid = splits["train"], splits.get("valid")
     chosen, set_aside = _choose(train.labels, classes, labels_per_class, valid_labels_per_class, seed, warn)
     limit = labels_per_class if len(chosen) + len(set_aside) < len(train) else None
-    valid = Split(train.images[set_aside], train.labels[set_aside]) if len(set_aside) else None
+    if len(set_aside):
+        valid = Split(train.images[set_aside], train.labels[set_aside])
     if len(chosen) < len(train):
         train = Split(train.images[chosen], train.labels[chosen])
     mean, std = kind.normalisation or _mean_std(train.images)
-    return Data(dataset, found.source, classes, mean, std, train, test, valid, kind.flip, digests, limit)
+    return Data(
+        dataset, found.source, classes, mean, std, train, splits["test"], valid, kind.flip, digests, limit,
+        found.folders,
+    )  # fmt: skip
+
+
+def _compare_splits(digests: dict[str, str], folders: dict[str, str], aside: int, warn: Callable[[str], None]) -> None:
+    """Refuse two validation sets; warn of two splits with the same images."""
+    if aside and "valid" in digests:
+        raise BadArguments(f"valid_labels_per_class {aside}: the tree has {folders['valid']}/ for that; leave it out")
+    for a, b in (("train", "test"), ("train", "valid"), ("valid", "test")):
+        if a in digests and digests[a] == digests.get(b):
+            warn(f"{folders.get(a, a)!r} and {folders.get(b, b)!r} hold the same images")
 
 
 def _nothing_there(dataset: str, folder: str) -> UserError:
@@ -394,13 +479,8 @@ def _choose(
 
 def _mean_std(images: Tensor) -> tuple[Colour, Colour]:
     """Per channel of uint8 images [N, 3, H, W], for pixels in [0, 1]. Sums of integers are the same everywhere."""
-    total, squares = torch.zeros(2, 3, dtype=torch.int64)
-    height, width = images.shape[2:]
-    for part in images.split(max(1, PIECE // (height * width))):
-        for rows in part.split(max(1, PIECE // width), dim=2):
-            values = rows.to(torch.int64)  # eight bytes of each
-            total += values.sum(dim=(0, 2, 3))
-            squares += values.square_().sum(dim=(0, 2, 3))
+    counts = torch.stack([torch.bincount(images[:, channel].flatten(), minlength=256) for channel in range(3)])
+    total, squares = counts @ torch.arange(256), counts @ torch.arange(256) ** 2
     count = images.numel() / 3
     mean = total.numpy() / count
     variance = np.maximum(squares.numpy() / count - mean**2, 1)  # a step of a byte at least: never a division by zero

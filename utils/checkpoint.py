@@ -499,9 +499,9 @@ def network_and_images(args: argparse.Namespace, given: set[str]) -> tuple[Pixel
         if "initial_channels" in given:
             wanted["initial_channels"] = args.initial_channels
         size = pair(state["image_size"]) if args.dataset == "folder" and "image_size" in state else None
-    data = options.load_images(args, given, image_size=size)
-    for name in ("image_size", "mean", "std"):
-        wanted |= {} if name in state else {name: getattr(data, name)}
+    data = options.load_images(args, given, image_size=size, test_only=True)
+    measured = ("mean", "std") if len(data.train) else ()
+    wanted |= {name: getattr(data, name) for name in ("image_size", *measured) if name not in state}
     network, about = network_of(state, path, wanted)
     refuse_other_classes(about.classes or data.classes, data.classes, path)
     if (about.digests or {}).get("test", data.digests["test"]) != data.digests["test"]:

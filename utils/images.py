@@ -1,16 +1,16 @@
-"""Trees of image files: listing, decoding, and keeping what was decoded.
+"""Trees of image files: listing, decoding, and a cache of what was decoded.
 
-A tree has ``train/<class>/`` and ``test/<class>/``, or ``val/<class>/`` where there is no ``test/``, with PNG, JPEG or
-WebP files, in subfolders too. Classes are numbered by name. Names that begin with a dot are skipped; whatever else is
-no image by its suffix, or lies in no class folder, is left out with a warning.
-In Tiny-ImageNet-200 as published ``val/val_annotations.txt`` gives the classes of the test images; nothing is moved.
+A tree has ``train/<class>/`` and ``test/<class>/`` with PNG, JPEG or WebP files, in subfolders too. ``val/<class>/``
+(or ``valid``, ``validation``) is the validation set where there is a ``test/``, else the test set. Classes are numbered
+by name. In Tiny-ImageNet-200 as published ``val/val_annotations.txt`` gives the classes of the test images; nothing is
+moved. What machines leave in folders is skipped (``is_clutter``); whatever else is no image by its suffix, or lies in
+no class folder, is left out with a warning.
 
 How a pixel is read: grey is repeated, 16 bits keep the upper 8, CMYK and palettes are converted, transparency lies
-over white, an animation gives its first frame, EXIF orientation is applied. What cannot be read stops with its path.
+over white, an animation gives its first frame, EXIF orientation is applied.
 
-Trees are decoded once and kept in ``.sage-cache-<size>.npz`` beside ``train`` (no pickles), with the digests of their
-pixels, until the name, size or time of change of a file differs; a damaged cache is noticed by its checksums and made
-again.
+Trees are decoded once and kept in ``.sage-cache-<size>.npz`` next to ``train`` (no pickles), with the digests of their
+pixels, until a file is another one; a damaged cache is noticed by its checksums and made again.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import threading
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -36,20 +35,25 @@ from .errors import UserError
 from .files import atomic_write, remove_leftovers
 
 TINY_ARCHIVE = "tiny-imagenet-200.zip (http://cs231n.stanford.edu/tiny-imagenet-200.zip)"
+SPLITS = {"train": "train", "val": "valid", "valid": "valid", "validation": "valid", "test": "test"}  # by folder name
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
+CLUTTER = {"__macosx", "lost+found", "$recycle.bin", "system volume information", "thumbs.db", "ehthumbs.db",
+           "desktop.ini", "icon\r"}  # fmt: skip
 MAX_PIXELS = 2**26  # 67 megapixels: above every usual camera, below what a decompression bomb needs
-MANY_PIXELS = 2**24  # decoding takes about twelve bytes a pixel: above this size, two at a time
 MAX_COMMON_SIDE = 128
-CACHE_VERSION = 1
+MAX_NAMED = 10  # damaged images in one message
+CACHE_VERSION = 2
 
-_large_images = threading.BoundedSemaphore(2)
 
+class ImageFile(NamedTuple):
+    """A file's path, and what tells it from one that was put in its place: size, times of change [ns], inode."""
 
-class _File(NamedTuple):
     path: str
     size: int
-    changed: int  # ns
+    modified: int
+    changed: int
+    inode: int
 
 
 class Reading(NamedTuple):
@@ -57,68 +61,130 @@ class Reading(NamedTuple):
 
     Attributes:
         size: height and width of the images; None: as they suggest.
-        cache: whether decoded images are kept beside the tree.
+        cache: whether decoded images are kept in the tree.
         warn: called with one line about anything that the user should know.
+        test_only: a tree without training images will do.
     """
 
-    size: int | None
+    size: tuple[int, int] | None
     cache: bool
     warn: Callable[[str], None]
+    test_only: bool = False
 
 
-def load_tree(root: str, reading: Reading) -> tuple[list[str], list[tuple[Tensor, Tensor, str]]]:
-    """The tree below ``root`` from its cache, else decoded (and cached).
+class TreeSplit(NamedTuple):
+    """The folder's name, images [N, 3, H, W] uint8, labels [N] int64, and the images' ``pixel_digest``."""
 
-    Returns:
-        the class names; for training and test the images [N, 3, H, W] uint8, the labels [N] and ``pixel_digest``.
-    """
-    size, warn = reading.size, reading.warn
-    classes, listings = _list_tree(root, warn)
-    files = [[file for members in listing for file in members] for listing in listings]
-    labels = [torch.tensor([k for k, members in enumerate(listing) for _ in members]) for listing in listings]
-    key = _fingerprint(root, files, size)
-    path = os.path.join(root, f".sage-cache-{size or 'auto'}.npz")
-    held = _read_cache(path, key, [len(part) for part in files], warn) if reading.cache else None
-    images, digests = held or (decode(files, size), [])
-    if not digests:  # decoded just now, or by a version that took none
-        digests = [pixel_digest(part) for part in images]
+    folder: str
+    images: Tensor
+    labels: Tensor
+    digest: str
+
+
+def load_tree(root: str, reading: Reading) -> tuple[list[str], dict[str, TreeSplit]]:
+    """The class names, and "train", "test" and "valid" as far as the tree has them; from its cache, else decoded."""
+    classes, folders, listings = _list_tree(root, reading)
+    files = {split: [file for members in listing for file in members] for split, listing in listings.items()}
+    key = _fingerprint(root, files, reading.size)
+    size = "x".join(map(str, reading.size)) if reading.size else "auto"
+    path = os.path.join(root, f".sage-cache-{size}.npz")
+    held = _read_cache(path, key, files, reading.warn) if reading.cache else None
+    if held is None:
+        images = dict(zip(files, decode([*files.values()], reading.size), strict=True))
+        held = images, {split: pixel_digest(part) for split, part in images.items()}
         try:
             if reading.cache:
-                _write_cache(path, key, images, digests)
+                _write_cache(path, key, *held)
         except OSError as error:
-            if held is None:
-                warn(f"{root!r} cannot keep the decoded images ({error.strerror or error}); each start decodes anew")
-    tensors = [torch.from_numpy(part) for part in images]
-    return classes, list(zip(tensors, labels, digests, strict=True))
-
-
-def _list_tree(root: str, warn: Callable[[str], None]) -> tuple[list[str], list[list[list[_File]]]]:
-    """Class names, and for training and test the files of each class."""
-    ignored: list[str] = []
-    train = class_files(os.path.join(root, "train"), ignored)
-    annotations = os.path.join(root, "val", "val_annotations.txt")
-    if os.path.lexists(annotations):
-        other, test = "val", _annotated_files(annotations, ignored)
-        ignored = [path for path in ignored if not path.endswith("_boxes.txt")]  # one for each published class
-    else:
-        other = next((name for name in ("test", "val") if os.path.isdir(os.path.join(root, name))), "")
-        if not other:
-            raise UserError(f"{root!r} has a folder train but neither test nor val; add test/<class>/ with images")
-        test = class_files(os.path.join(root, other), ignored)
-    if train.keys() != test.keys():
-        (name, lacking), *more = [(name, other) for name in sorted(train.keys() - test.keys())] + [
-            (name, "train") for name in sorted(test.keys() - train.keys())
-        ]
-        rest = f" (and {len(more)} more such classes)" if more else ""
-        raise UserError(
-            f"class {name!r} is missing in {os.path.join(root, lacking)!r}{rest}; both need the same classes"
+            reason = error.strerror or error
+            reading.warn(f"{root!r} cannot keep the decoded images ({reason}); each start decodes anew")
+    images, digests = held
+    return classes, {
+        split: TreeSplit(
+            folders[split],
+            torch.from_numpy(images[split]),
+            torch.tensor([label for label, members in enumerate(listing) for _ in members]),
+            digests[split],
         )
-    if len(train) < 2:
-        raise UserError(f"{os.path.join(root, 'train')!r} holds one class folder; training needs two or more")
-    if ignored:
-        warn(what_is_left_out(ignored))
-    classes = sorted(train)
-    return classes, [[train[name] for name in classes], [test[name] for name in classes]]
+        for split, listing in listings.items()
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- listing
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder is what a machine keeps for itself: never an image, an array or a class. Thumbnails of
+    a NAS (``@eaDir``), halves of macOS files (``._a.png``, ``__MACOSX``), hidden files, recycle bins and the like."""
+    return name.startswith((".", "@", "#recycle", "#snapshot", "~snapshot")) or name.lower() in CLUTTER
+
+
+def visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    """What a folder holds without clutter, by name."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not is_clutter(entry.name)), key=lambda entry: entry.name)
+    except OSError as error:
+        raise _unreadable(error, os.fspath(folder)) from None
+
+
+def split_folders(root: str) -> dict[str, str]:
+    """The names of the folders of "train", "valid" and "test" in ``root``, as far as they are there."""
+    folders: dict[str, str] = {}
+    for entry in visible(root) if os.path.isdir(root) else []:
+        split = SPLITS.get(entry.name.lower())
+        if split and entry.is_dir():
+            if split in folders:
+                raise UserError(
+                    f"{root!r} has the folders {folders[split]!r} and {entry.name!r} for one split; keep one of them"
+                )
+            folders[split] = entry.name
+    return folders
+
+
+def _list_tree(root: str, reading: Reading) -> tuple[list[str], dict[str, str], dict[str, list[list[ImageFile]]]]:
+    """Class names, each split's folder, and each split's files by class."""
+    ignored: list[str] = []
+    folders = split_folders(root)
+    paths = {split: os.path.join(root, name) for split, name in folders.items()}
+    found = {}
+    if "train" in folders:
+        found["train"] = class_files(paths["train"], ignored)
+    annotations = os.path.join(paths.get("valid", ""), "val_annotations.txt")
+    tiny = "valid" in folders and os.path.lexists(annotations)
+    if "test" not in folders and "valid" not in folders:
+        raise UserError(f"{root!r} has a folder train but neither test nor val; add test/<class>/ with images")
+    if tiny or "test" not in folders or _lacks_labels(paths, found, reading.warn):
+        folders["test"], paths["test"] = folders.pop("valid"), paths.pop("valid")
+    if "valid" in folders and "train" in folders:
+        found["valid"] = class_files(paths["valid"], ignored)
+    found["test"] = _tiny_files(annotations, ignored) if tiny else class_files(paths["test"], ignored)
+    _refuse_other_classes(found, paths)
+    if ignored := [path for path in ignored if not (tiny and path.endswith("_boxes.txt"))]:  # one a published class
+        reading.warn(what_is_left_out(ignored))
+    classes = sorted(found["test"])
+    return classes, folders, {split: [found[split][name] for name in classes] for split in sorted(found, reverse=True)}
+
+
+def _lacks_labels(paths: dict[str, str], found: dict, warn: Callable[[str], None]) -> bool:
+    """Whether the images in the test folder are in none of the training classes, where another folder can test."""
+    if not {"train", "valid"} <= paths.keys() or found["train"].keys() & {*_class_folders(paths["test"], [])}:
+        return False
+    warn(f"{paths['test']!r} has no class of {paths['train']!r}, so no labels; {paths['valid']!r} is the test set")
+    return True
+
+
+def _refuse_other_classes(found: dict[str, dict[str, list[ImageFile]]], paths: dict[str, str]) -> None:
+    """Raise ``UserError`` where the splits have different classes, or training has fewer than two."""
+    first, *others = found
+    lacking = [(name, paths[split]) for split in others for name in sorted(found[first].keys() - found[split].keys())]
+    lacking += [(name, paths[first]) for split in others for name in sorted(found[split].keys() - found[first].keys())]
+    if lacking:
+        (name, path), *more = lacking
+        rest = f" (and {len(more)} more such classes)" if more else ""
+        raise UserError(f"class {name!r} is missing in {path!r}{rest}; every split needs the same classes")
+    if len(found.get("train", (1, 2))) < 2:
+        raise UserError(f"{paths['train']!r} holds one class folder; training needs two or more")
 
 
 def what_is_left_out(ignored: Sequence[str]) -> str:
@@ -127,92 +193,96 @@ def what_is_left_out(ignored: Sequence[str]) -> str:
     return f"{len(ignored)} files {reason} are left out, among them {min(ignored)!r}"
 
 
-def class_files(folder: str, ignored: list[str]) -> dict[str, list[_File]]:
-    """Image files of every class folder in ``folder``; other visible files are added to ``ignored``."""
-    names = _folders_in(folder, ignored)
-    if not names:
-        raise UserError(f"{folder!r} holds no class folders; put the images into {os.path.join(folder, '<class>')!r}")
+def class_files(folder: str, ignored: list[str], skip: str = "") -> dict[str, list[ImageFile]]:
+    """Image files by class; a class is a folder in ``folder``, its name in Unicode's composed form (macOS writes "é" in
+    two characters, Linux in one). Other files are added to ``ignored``."""
     found = {}
-    for name in sorted(names):
-        path = os.path.join(folder, name)
+    for name, paths in sorted(_class_folders(folder, ignored).items()):
+        if name == skip:
+            continue
         if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
-            raise UserError(f"the name of class folder {path!r} is not a line of text; rename it")
-        found[name] = _files_below(path, ignored)
+            raise UserError(f"the name of class folder {paths[0]!r} is not a line of text; rename it")
+        found[name] = sorted(file for path in paths for file in files_below(path, ignored))
         if not found[name]:
-            raise UserError(f"class folder {path!r} holds no PNG, JPEG or WebP image; fill it or remove it")
+            raise UserError(f"class folder {paths[0]!r} holds no PNG, JPEG or WebP image; fill it or remove it")
+    if not found:
+        raise UserError(f"{folder!r} holds no class folders; put the images into {os.path.join(folder, '<class>')!r}")
     return found
 
 
-def _folders_in(folder: str, ignored: list[str]) -> list[str]:
-    """Names of the folders in ``folder``; its visible files are added to ``ignored``."""
-    names = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if stat.S_ISDIR(entry.stat().st_mode):
-                    names.append(entry.name)
-                else:
-                    ignored.append(entry.path)
-    except OSError as error:
-        raise _unreadable(error, folder) from None
-    return names
+def _class_folders(folder: str, ignored: list[str]) -> dict[str, list[str]]:
+    """Paths of the folders in ``folder`` by class name; its files are added to ``ignored``."""
+    paths: dict[str, list[str]] = {}
+    for entry in visible(folder):
+        if stat.S_ISDIR(_info(entry).st_mode):
+            paths.setdefault(unicodedata.normalize("NFC", entry.name), []).append(entry.path)
+        else:
+            ignored.append(entry.path)
+    return paths
 
 
-def _annotated_files(annotations: str, ignored: list[str]) -> dict[str, list[_File]]:
-    """Files of Tiny-ImageNet's validation set by class: lines of ``val_annotations.txt`` begin with file and class."""
-    folder = os.path.join(os.path.dirname(annotations), "images")
-    _folders_in(os.path.dirname(annotations), ignored)
-    ignored.remove(annotations)
-    files = {os.path.relpath(file.path, folder): file for file in _files_below(folder, ignored)}
-    found: dict[str, list[_File]] = {}
-    try:
-        with open(annotations, "rb") as lines:
-            rows = [line.decode().split() for line in lines if line.strip()]
-    except UnicodeDecodeError:
-        raise UserError(f"{annotations!r} is not text; unpack {TINY_ARCHIVE} again") from None
-    except OSError as error:
-        raise _unreadable(error, annotations) from None
-    again = f"unpack {TINY_ARCHIVE} again"
-    for name, label, *_ in (row if len(row) > 1 else [*row, ""] for row in rows):
-        if not label or name not in files:
-            raise UserError(f"{annotations!r} names {name!r}, which is not in {folder!r} or has no class; {again}")
-        found.setdefault(label, []).append(files.pop(name))
-    if files:
-        raise UserError(f"image {min(files.values()).path!r} has no line in {annotations!r}; {again}")
-    return found
-
-
-def _files_below(folder: str, ignored: list[str]) -> list[_File]:
-    """Image files in ``folder`` and below, by name. Links are followed; a folder met twice is a loop and refused."""
+def files_below(folder: str, ignored: list[str]) -> list[ImageFile]:
+    """Image files in ``folder`` and below, by path. Links are followed; a folder met twice is a loop and refused."""
     found, pending, seen = [], [folder], set()
     while pending:
         current = pending.pop()
-        try:
-            info = os.stat(current)
-            if (info.st_dev, info.st_ino) in seen:
-                raise UserError(f"{current!r} leads to a folder already seen, perhaps by a loop of links; remove it")
-            seen.add((info.st_dev, info.st_ino))
-            with os.scandir(current) as entries:
-                for entry in entries:
-                    name = entry.name.lower()
-                    if name.startswith("."):
-                        continue
-                    if entry.is_symlink():
-                        entry.stat()  # a broken link is no reason to train on less
-                    if entry.is_dir():
-                        pending.append(entry.path)
-                    elif name.endswith(SUFFIXES):
-                        info = entry.stat()
-                        if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for ever
-                            raise UserError(f"{entry.path!r} is not a file; remove it")
-                        found.append(_File(entry.path, info.st_size, info.st_mtime_ns))
-                    else:
-                        ignored.append(entry.path)
-        except OSError as error:
-            raise _unreadable(error, current) from None
+        real = os.path.realpath(current)
+        if real in seen:
+            raise UserError(f"{current!r} leads to a folder already seen, perhaps by a loop of links; remove it")
+        seen.add(real)
+        for entry in visible(current):
+            info = _info(entry)
+            if stat.S_ISDIR(info.st_mode):
+                pending.append(entry.path)
+            elif stat.S_ISREG(info.st_mode) and entry.name.lower().endswith(SUFFIXES):
+                found.append(ImageFile(entry.path, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino))
+            else:
+                ignored.append(entry.path)
     return sorted(found)
+
+
+def _info(entry: os.DirEntry[str]) -> os.stat_result:
+    try:
+        return entry.stat()  # a broken link is no reason to train on less
+    except OSError as error:
+        raise _unreadable(error, entry.path) from None
+
+
+def _tiny_files(annotations: str, ignored: list[str]) -> dict[str, list[ImageFile]]:
+    """Files of Tiny-ImageNet's validation set by class: those that ``val_annotations.txt`` names, whose lines begin
+    with file and class, or what lies in class folders where these were sorted."""
+    above = os.path.dirname(annotations)
+    folder = os.path.join(above, "images")
+    files = files_below(folder, ignored) if os.path.isdir(folder) else []
+    strays: list[str] = []
+    if not files and {*_class_folders(above, [])} - {"images"}:
+        found = class_files(above, strays, skip="images")
+    else:
+        _class_folders(above, strays)
+        found = _annotated(annotations, {os.path.relpath(file.path, folder): file for file in files})
+    ignored += [path for path in strays if path != annotations]
+    return found
+
+
+def _annotated(annotations: str, files: dict[str, ImageFile]) -> dict[str, list[ImageFile]]:
+    """``files``, by name, in the classes that ``annotations`` gives them; each has one."""
+    again = f"unpack {TINY_ARCHIVE} again"
+    try:
+        with open(annotations, encoding="utf-8") as lines:
+            rows = [line.split() for line in lines if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{annotations!r} is not text; {again}") from None
+    except OSError as error:
+        raise _unreadable(error, annotations) from None
+    found: dict[str, list[ImageFile]] = {}
+    for name, *rest in rows:
+        if not rest or name not in files:
+            where = os.path.join(os.path.dirname(annotations), "images")
+            raise UserError(f"{annotations!r} names {name!r}, which is not in {where!r} or has no class; {again}")
+        found.setdefault(rest[0], []).append(files.pop(name))
+    if files:
+        raise UserError(f"image {min(files.values()).path!r} has no line in {annotations!r}; {again}")
+    return found
 
 
 def _unreadable(error: OSError, path: str) -> UserError:
@@ -223,13 +293,27 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# --------------------------------------------------------------------------------------------------- decoding and cache
+# ------------------------------------------------------------------------------------------------------------- decoding
+
+
+class DamagedImages(UserError):
+    """Images that cannot be read, each as "'path': reason"."""
+
+    def __init__(self, *faults: str) -> None:
+        what, them = ("image", "it") if len(faults) == 1 else (f"{len(faults)} images:", "them")
+        more = f"; and {len(faults) - MAX_NAMED} more" if len(faults) > MAX_NAMED else ""
+        super().__init__(f"cannot read {what} {'; '.join(faults[:MAX_NAMED])}{more}; replace or remove {them}")
+        self.faults = faults
 
 
 def decode(
-    files: Sequence[Sequence[_File]], size: int | tuple[int, int] | None, progress: bool = True
+    files: Sequence[Sequence[ImageFile]], size: tuple[int, int] | None, progress: bool = True
 ) -> list[np.ndarray]:
-    """uint8 [N, 3, H, W] for every list of files, decoded by threads: Pillow lets them run beside each other."""
+    """uint8 [N, 3, H, W] for every list of files, decoded by threads: Pillow lets them run in parallel.
+
+    Raises:
+        DamagedImages: the first ten of those that cannot be read, and their number.
+    """
     total = sum(len(part) for part in files)
     with (
         warnings.catch_warnings(),
@@ -237,31 +321,41 @@ def decode(
         tqdm(total=total, desc="decoding images", unit=" images", disable=None if progress else True) as bar,
     ):
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata, without a path
-        height, width = (size, size) if isinstance(size, int) else size or _common_size(files)
+        height, width = size or _common_size(files)
         images = [np.empty((len(part), 3, height, width), np.uint8) for part in files]
+        damaged: list[str] = []
 
-        def decode_some(job: tuple[int, int]) -> int:
-            part, first = job
-            chunk = files[part][first : first + 64]
-            for i, file in enumerate(chunk, first):
-                images[part][i] = read_image(file.path, height, width).transpose(2, 0, 1)
-            return len(chunk)
+        def decode_some(rows: np.ndarray, some: Sequence[ImageFile]) -> int:
+            for row, file in zip(rows, some, strict=True):
+                try:
+                    row[:] = read_image(file.path, height, width).transpose(2, 0, 1)
+                except DamagedImages as error:
+                    damaged.extend(error.faults)
+            return len(some)
 
-        jobs = [(part, first) for part in range(len(files)) for first in range(0, len(files[part]), 64)]
+        starts = [(part, first) for part in range(len(files)) for first in range(0, len(files[part]), 64)]
+        rows = [images[part][first : first + 64] for part, first in starts]
         try:
-            for done in pool.map(decode_some, jobs):
+            for done in pool.map(decode_some, rows, [files[part][first : first + 64] for part, first in starts]):
                 bar.update(done)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    if damaged:
+        raise DamagedImages(*sorted(damaged))
     return images
 
 
-def _common_size(files: Sequence[Sequence[_File]]) -> tuple[int, int]:
+def _common_size(files: Sequence[Sequence[ImageFile]]) -> tuple[int, int]:
     """Height and width of all images where they agree and neither is above 128, else 64×64."""
-    shapes = (image_shape(file.path) for part in files for file in part)
-    first = next(shapes)
-    return first if max(first) <= MAX_COMMON_SIDE and all(shape == first for shape in shapes) else (64, 64)
+    shapes: set[tuple[int, int]] = set()
+    for file in (file for part in files for file in part):
+        with suppress(DamagedImages):  # decoding names them all
+            shapes.add(image_shape(file.path))
+        if len(shapes) > 1:
+            break
+    common = shapes.pop() if len(shapes) == 1 else (64, 64)
+    return common if max(common) <= MAX_COMMON_SIDE else (64, 64)
 
 
 def image_shape(path: str) -> tuple[int, int]:
@@ -272,7 +366,7 @@ def image_shape(path: str) -> tuple[int, int]:
 
 @contextmanager
 def _opened(path: str) -> Iterator[Image.Image]:
-    """A PNG, JPEG or WebP file; whatever goes wrong with it becomes a ``UserError`` with its path."""
+    """A PNG, JPEG or WebP file; whatever goes wrong with it becomes ``DamagedImages``."""
     try:
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -281,54 +375,38 @@ def _opened(path: str) -> Iterator[Image.Image]:
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "not a PNG, JPEG or WebP image" if unknown else getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"cannot read image {path!r}: {reason}; replace or remove it") from None
+        raise DamagedImages(f"{path!r}: {reason}") from None
 
 
 def read_image(path: str, height: int, width: int) -> np.ndarray:
     """An image file as uint8 [height, width, 3], cropped centrally to that shape and resized where it has another.
 
     Raises:
-        UserError: with the path, for anything that is not a sound PNG, JPEG or WebP image of at most 67 megapixels.
+        DamagedImages: anything that is not a sound PNG, JPEG or WebP image of at most 67 megapixels.
     """
-    with _opened(path) as opened:
-        opened.draft(opened.mode, (2 * width, 2 * height))  # spares most of the work on a large photograph
-        with _large_images if opened.width * opened.height > MANY_PIXELS else nullcontext():
-            image: Image.Image = opened
-            if "exif" in image.info:
-                image = ImageOps.exif_transpose(image)
-            if image.mode != "RGB" or "transparency" in image.info:
-                image = _in_colour(image)
-            if image.size != (width, height):
-                scale = min(image.width / width, image.height / height)
-                left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
-                box = (left, top, left + scale * width, top + scale * height)
-                image = image.resize((width, height), Image.Resampling.BICUBIC, box)
-            return np.asarray(image)
+    with _opened(path) as image:
+        image.draft(image.mode, (2 * width, 2 * height))  # spares most of the work on a large photograph
+        ImageOps.exif_transpose(image, in_place=True)
+        image = _in_colour(image)
+        if image.size != (width, height):
+            scale = min(image.width / width, image.height / height)
+            left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+            box = (left, top, left + scale * width, top + scale * height)
+            image = image.resize((width, height), Image.Resampling.BICUBIC, box)
+        return np.asarray(image)
 
 
 def _in_colour(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB: a band of rows after the other, so that what lies between takes no memory."""
-    coloured = Image.new("RGB", image.size)
-    rows = max(1, 2**18 // image.width)
-    for top in range(0, image.height, rows):
-        band = image.crop((0, top, image.width, min(top + rows, image.height)))
-        if band.mode.startswith("I"):
-            values = np.asarray(band)
-            grey = (values >> 8).clip(0, 255).astype(np.uint8)
-            grey[values == image.info.get("transparency", -1)] = 255
-            band = Image.fromarray(grey)
-        elif "A" in band.getbands() or "transparency" in image.info:
-            band = band.convert("RGBA")
-            band = Image.alpha_composite(Image.new("RGBA", band.size, "white"), band)
-        coloured.paste(band.convert("RGB"), (0, top))
-    return coloured
-
-
-def _fingerprint(root: str, files: Sequence[Sequence[_File]], size: int | None) -> str:
-    """What the decoded images depend on: names, sizes and times of change of all files, and how they are decoded."""
-    lines = [repr((CACHE_VERSION, size, [len(part) for part in files]))]
-    lines += [f"{file.path[len(root) :]}\0{file.size}\0{file.changed}" for part in files for file in part]
-    return hashlib.blake2b(os.fsencode("\0\0".join(lines)), digest_size=16).hexdigest()
+    """An image of any mode as RGB."""
+    if image.mode.startswith("I"):  # 16 bits
+        values = np.asarray(image)
+        grey = (values >> 8).clip(0, 255).astype(np.uint8)
+        grey[values == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(grey)
+    elif "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def pixel_digest(images: np.ndarray) -> str:
@@ -340,28 +418,39 @@ def pixel_digest(images: np.ndarray) -> str:
     return hashlib.sha256(repr(images.shape).encode() + digests).hexdigest()[:32]
 
 
-def _write_cache(path: str, key: str, images: Sequence[np.ndarray], digests: Sequence[str]) -> None:
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+
+
+def _fingerprint(root: str, files: dict[str, list[ImageFile]], size: tuple[int, int] | None) -> str:
+    """What the decoded images depend on: all there is to know of the files without reading them, and the size."""
+    lines = [repr((CACHE_VERSION, size))]
+    lines += [f"{split}\0{file.path[len(root) :]}\0{file[1:]}" for split, part in files.items() for file in part]
+    return hashlib.blake2b(os.fsencode("\0\0".join(lines)), digest_size=16).hexdigest()
+
+
+def _write_cache(path: str, key: str, images: dict[str, np.ndarray], digests: dict[str, str]) -> None:
     folder, name = os.path.split(path)
     remove_leftovers(folder, name, older_than=3600)  # a younger one may still be written
     with atomic_write(path) as file:
-        np.savez(file, key=np.array(key), train=images[0], test=images[1], digests=np.array(digests))
+        np.savez(file, key=np.array(key), digests=np.array([*digests.values()]), **images)  # type: ignore[arg-type]
 
 
 def _read_cache(
-    path: str, key: str, lengths: Sequence[int], warn: Callable[[str], None]
-) -> tuple[list[np.ndarray], list[str]] | None:
-    """Training and test images and their ``pixel_digest`` (none in a cache of an older version), or None where the
-    cache is missing, belongs to other files or is damaged."""
+    path: str, key: str, files: dict[str, list[ImageFile]], warn: Callable[[str], None]
+) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:
+    """Images and ``pixel_digest`` of each split, or None where the cache is missing, of other files or damaged."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             if archive["key"] != key:
                 return None
-            images = [archive[name] for name in ("train", "test")]  # reading to the end compares the checksums
-            digests = archive["digests"].tolist() if "digests" in archive else []
-        height, width = images[0].shape[2:]
-        if [(part.shape, part.dtype) for part in images] != [((n, 3, height, width), np.uint8) for n in lengths]:
-            raise ValueError("of another shape")
-        if digests and [(type(digest), len(digest)) for digest in digests] != [(str, 32)] * 2:
+            images = {split: archive[split] for split in files}  # reading to the end compares the checksums
+            digests = dict(zip(files, archive["digests"].tolist(), strict=True))
+        shape = images["test"].shape[1:]
+        if any(part.dtype != np.uint8 or part.shape != (len(files[split]), *shape) for split, part in images.items()):
             raise ValueError("of another shape")
         return images, digests
     except FileNotFoundError:
@@ -369,7 +458,3 @@ def _read_cache(
     except Exception as error:  # damaged archives, too, raise nearly anything
         warn(f"the cache {path!r} cannot be used ({one_line(error)}); the images are decoded again")
         return None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

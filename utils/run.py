@@ -122,11 +122,8 @@ class Run:
 
     def describe(self) -> str:
         """One line: method, data, model, device."""
-        data, (height, width) = self.data, self.data.image_size
-        valid = f"{len(data.valid)} validation images, " if data.valid else ""
         return (
-            f"{self.method.name} on {data.name} ({data.source}): {len(data.train)} training images of "
-            f"{len(data.classes)} classes, {valid}{len(data.test)} test images, {height}×{width}; "
+            f"{self.method.name} on {self.data.name} ({self.data.source}): {self.data.describe()}; "
             f"{self.identity.settings['arch']}; {device_name(self.device)}"
         )
 
@@ -141,7 +138,7 @@ class Identity:
     Attributes:
         settings: everything that determines the run's numbers, by flag name; ``labels_per_class`` is the limit that
             left images out, or None.
-        digests: of the whole "train" and "test" split, see ``load_data.Data``.
+        digests: of the whole "train", "test" and perhaps "valid" split, see ``load_data.Data``.
         origin: digest of the weights that it was initialised from; None for random ones.
     """
 
@@ -170,7 +167,7 @@ def differences(there: Identity, here: Identity) -> list[str]:
     names = sorted(there.settings.keys() | here.settings.keys())
     found = [f"--{name}: {there.settings.get(name)} there, {here.settings.get(name)} here" for name in names
              if there.settings.get(name) != here.settings.get(name)]  # fmt: skip
-    for split, name in (("train", "training"), ("test", "test")):
+    for split, name in (("train", "training"), ("valid", "validation"), ("test", "test")):
         digests = there.digests.get(split), here.digests.get(split)
         if digests[0] != digests[1]:
             found.append("other {} images: digest {} there, {} here".format(name, *digests))

@@ -11,7 +11,7 @@ import torch
 from load_data import Data, Split
 
 from .errors import BadArguments, UserError
-from .images import class_files, decode, what_is_left_out
+from .images import SPLITS, class_files, decode, split_folders, visible, what_is_left_out
 from .robustness import SEVERITIES
 
 BENCHMARK = {  # the published corruptions in the mean; speckle_noise, gaussian_blur, spatter and saturate are extra
@@ -54,15 +54,16 @@ def open_set(path: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray],
     """
     if is_corrupted(path):
         for corruption in corruptions_below(path)[:1]:  # before anything is measured
-            folder = next(of for of in (corruption / "1", corruption / str(SEVERITIES)) if of.is_dir())
-            common_classes(folder, [of.name for of in folder.iterdir()], data.classes)
+            severity = next(folder for folder in (corruption / "1", corruption / str(SEVERITIES)) if folder.is_dir())
+            common_classes(severity, [entry.name for entry in visible(severity)], data.classes)
         return corrupted_sets(path, data, choose)
-    pairs = [path] if path.name.endswith("_data.npy") else sorted(path.glob("*_data.npy"))
+    pairs = [path] if path.name.endswith("_data.npy") else arrays_in(path, "_data.npy")
     if len(pairs) > 1:
         raise BadArguments(f"{path} holds several sets ({', '.join(pair.name for pair in pairs)}); name one file")
     if pairs:
         return iter([("", 0, read_pair(pairs[0], data))])
-    folder = next((path / name for name in ("test", "val") if (path / name).is_dir()), path)
+    splits = split_folders(str(path))
+    folder = path / splits.get("test", splits.get("valid", ""))
     if not folder.is_dir():
         raise BadArguments(f"there is no folder {folder}")
     return iter([("", 0, read_tree(folder, data, warn))])
@@ -76,9 +77,15 @@ def is_corrupted(path: Path) -> bool:
 def corruptions_below(path: Path) -> list[Path]:
     """The folders of a corrupted tree: those that have folders named after severities, but for splits, whose classes
     may be named after numbers."""
-    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir()] if path.is_dir() else []
-    folders = [folder for folder in folders if folder.name not in ("train", "val", "test")]
+    folders = [Path(entry.path) for entry in visible(path) if entry.is_dir()] if path.is_dir() else []
+    folders = [folder for folder in folders if folder.name.lower() not in SPLITS]
     return [folder for folder in folders if (folder / "1").is_dir() or (folder / str(SEVERITIES)).is_dir()]
+
+
+def arrays_in(folder: Path, ending: str = ".npy") -> list[Path]:
+    """The files of arrays in a folder, by name."""
+    entries = visible(folder) if folder.is_dir() else []
+    return [Path(entry.path) for entry in entries if entry.name.endswith(ending)]
 
 
 def corrupted_sets(path: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray]) -> Sets:
@@ -101,18 +108,20 @@ def refuse_unknown_arrays(path: Path, classes: list[str]) -> None:
 
 
 def corrupted_arrays(folder: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray]) -> Sets:
-    """Of arrays uint8 [5·N, H, W, 3], the severities one after the other."""
-    labels = read_array(folder / "labels.npy")
-    paths = [path for path in sorted(folder.glob("*.npy")) if path.name != "labels.npy"]
-    size, rest = divmod(len(labels), SEVERITIES) if labels.ndim == 1 else (0, 0)
-    if rest or not size or not paths or [*np.unique(labels)] != [*range(len(data.classes))]:
-        raise UserError(f"{folder} is not a set of corrupted images of {len(data.classes)} classes")
-    shape = (len(labels), *data.image_size, 3)
-    chosen = choose(np.asarray(labels[:size]))
+    """Of arrays uint8 [5·N, H, W, 3], the severities one after the other, and labels [5·N], five times the same."""
+    labels = read_labels(folder / "labels.npy", len(data.classes))
+    paths = [path for path in arrays_in(folder) if path.name != "labels.npy"]
+    size, rest = divmod(len(labels), SEVERITIES)
+    if rest or (labels.reshape(SEVERITIES, size) != labels[:size]).any():
+        raise UserError(
+            f"{folder / 'labels.npy'}: its {len(labels)} labels are not those of the same images {SEVERITIES} times, "
+            f"for the severities 1 to {SEVERITIES}; images of one severity are a tree or NAME_data.npy, NAME_labels.npy"
+        )
+    if not paths:
+        raise UserError(f"{folder} holds labels.npy but no array of a corruption; unpack it again")
+    chosen = choose(labels[:size])
     for path in paths:
-        images = read_array(path)
-        if images.shape != shape or images.dtype != np.uint8:
-            raise UserError(f"{path} holds {images.dtype} {images.shape} instead of uint8 {shape}")
+        images = read_images(path, len(labels), data)
         for severity in range(1, SEVERITIES + 1):
             rows = chosen + (severity - 1) * size
             yield path.stem, severity, split_of(images[rows], labels[rows])
@@ -166,17 +175,26 @@ def common_classes(folder: Path, found: Sequence[str], classes: Sequence[str]) -
 
 def read_pair(path: Path, data: Data) -> Split:
     """The arrays ``…_data.npy`` and ``…_labels.npy``; labels count the classes in the order of their names."""
-    images, labels = read_array(path), read_array(path.with_name(path.name.replace("_data.npy", "_labels.npy")))
     if path.name.startswith("cifar10") and data.classes != CIFAR10:
         raise BadArguments(f"{path} is of CIFAR-10's classes, the network of {', '.join(data.classes[:3])} …")
-    shape = (*labels.shape, *data.image_size, 3)
-    if labels.ndim != 1 or images.shape != shape or images.dtype != np.uint8:
+    labels = read_labels(path.with_name(path.name.replace("_data.npy", "_labels.npy")), len(data.classes))
+    return split_of(read_images(path, len(labels), data), labels)
+
+
+def read_labels(path: Path, classes: int) -> np.ndarray:
+    """Integers [N] of so many classes, each of which is there."""
+    labels = read_array(path)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or [*np.unique(labels)] != [*range(classes)]:
+        raise UserError(f"{path}: its labels are not those of {classes} classes, 0 to {classes - 1}")
+    return np.asarray(labels)
+
+
+def read_images(path: Path, number: int, data: Data) -> np.ndarray:
+    """uint8 [number, H, W, 3] of the network's height and width."""
+    images, shape = read_array(path), (number, *data.image_size, 3)
+    if images.shape != shape or images.dtype != np.uint8:
         raise UserError(f"{path} holds {images.dtype} {images.shape} instead of uint8 {shape}")
-    if [*np.unique(labels)] != [*range(len(data.classes))]:
-        raise UserError(
-            f"{path}: its labels are not those of {len(data.classes)} classes, 0 to {len(data.classes) - 1}"
-        )
-    return split_of(images, labels)
+    return images
 
 
 def split_of(images: np.ndarray, labels: np.ndarray) -> Split:
