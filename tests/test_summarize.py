@@ -240,7 +240,7 @@ def test_committed_tables_are_what_their_runs_say(name: str) -> None:
     [
         (2, "", "name a folder"),
         (2, "--unknown 1", "--unknown"),
-        (1, "nowhere", "there is no nowhere"),
+        (1, "nowhere", "nowhere"),
         (1, "EMPTY", "holds no run"),
         (1, "BAD.csv", "no column"),
         (1, "RUNS --out BAD.csv", "BAD.csv"),

@@ -200,7 +200,7 @@ def rewritten(text: str) -> dict[str, str]:
     return {
         "mark and line ends": "\ufeff" + text.replace("\n", "\r\n"),
         "logical values": text.replace(",True,", ",TRUE,"),
-        "numbers": text.replace(",0.2,", ",0.20,").replace(",vanilla,", ",vanilla,").replace(",500,", ",500.0,"),
+        "numbers": text.replace(",0.2,", ",0.20,").replace(",vanilla,", ",vanilla,").replace(",500,", ",5E+02,"),
         "quotes": "\n".join(re.sub(r"(?<=,)([\w.]+)(?=,)", r'"\1"', line) for line in (header, row)) + "\n",
         "seed": text.replace(",1,4,77.5,", ",1.0,4.00,77.50,"),
         "dates": text.replace("2026-01-02 03:04:05", "2026-01-02T03:04:05"),
@@ -246,10 +246,15 @@ def test_tables_that_contradict_themselves_are_refused(tmp_path: Path, values: d
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("method,seed\nvanilla,1\n", "no column arch"), ("", "No columns"), ("a\n1,2,3\n", "no column arch")],
+    [
+        ("method,seed\nvanilla,1\n", "no column arch"),
+        ("", "No columns"),
+        ("a\n1,2,3\n", "no column arch"),
+        ("\udcff", "decode"),
+    ],
 )
 def test_other_files_are_not_tables_of_runs(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "runs.csv").write_text(content)
+    (tmp_path / "runs.csv").write_text(content, errors="surrogateescape")
     with pytest.raises(UserError, match=message):
         read_runs([tmp_path / "runs.csv"])
 

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import partial
 from itertools import combinations
@@ -51,9 +51,7 @@ def read_runs(roots: Iterable[Path]) -> pd.DataFrame:
     """
     rows: list[Row] = []
     for root in roots:
-        if not root.exists():
-            raise UserError(f"there is no {root}")
-        found = read_table(root) if root.is_file() else [*read_folders(root)]
+        found = read_folders(root) if root.is_dir() else read_table(root)
         if not found:
             raise UserError(f"{root} holds no run")
         rows += found
@@ -97,18 +95,17 @@ def plain(value: Any) -> str:
         return " ".join(map(plain, value))
     text = "" if value is None else str(value).strip().strip("\"'")
     text = re.sub(r"(?i)\b(true|false)\b", lambda found: found[0].capitalize(), text)
-    number = r"(?<![\w.+-])[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?(?![\w.])"
+    number = r"(?<![\w.+-])[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?(?![\w.])"
     text = re.sub(number, lambda found: f"{float(found[0]):.10g}", text)
     return "" if text in ("False", "0", "None") else text
 
 
 def read_table(path: Path) -> list[Row]:
     """The rows of a runs.csv, also as a spreadsheet saves it."""
-    with open(path, encoding="utf-8-sig") as file:
-        header = file.readline()
-    separator = max(",;\t", key=header.count)
     rows: list[Row] = []
     try:
+        with open(path, encoding="utf-8-sig") as file:
+            separator = max(",;\t", key=file.readline().count)
         table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig").fillna("")
         if missing := {"method", "dataset", "arch", "seed", "state", "epochs", "curve"} - {*table.columns}:
             raise ValueError(f"there is no column {min(missing)}")
@@ -136,19 +133,18 @@ def value_of(name: str, cell: str, decimal: str) -> Any:
     return plain(cell.replace(decimal, "."))
 
 
-def read_folders(root: Path) -> Iterator[Row]:
+def read_folders(root: Path) -> list[Row]:
     """The rows of the runs below a folder, at any depth and behind links, each once."""
 
     def fail(error: OSError) -> None:
         raise error
 
-    seen: set[str] = set()
+    seen: dict[str, Path | None] = {}
     for folder, below, files in os.walk(root, followlinks=True, onerror=fail):
         real = os.path.realpath(folder)
         below[:] = sorted(name for name in below if not SET_ASIDE.search(name)) if real not in seen else []
-        if real not in seen and not MARKS.isdisjoint(files):
-            yield read_run(Path(folder))
-        seen.add(real)
+        seen.setdefault(real, Path(folder) if not MARKS.isdisjoint(files) else None)
+    return [read_run(folder) for folder in seen.values() if folder]
 
 
 def read_run(folder: Path) -> Row:
