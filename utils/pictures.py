@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from matplotlib import rc_context, rcdefaults
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
@@ -258,6 +260,142 @@ def plot_cost(path: Path, frame: pd.DataFrame) -> None:
     panel.legend(frameon=False, fontsize=9)
     _trim(panel, "both")
     _save(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------------- of an evaluation
+
+
+def plot_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], title: str, top1: float) -> None:
+    """Shares of each true class, in %, with numbers and names where they fit; ``confusion`` [K, K] counts images, a row
+    a true class."""
+    shares = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    few = len(classes) <= 20
+    figure = Figure(figsize=(7, 6.2), layout="constrained", dpi=120)
+    panel = figure.subplots()
+    scale = PowerNorm(1 if few else 0.4, 0, 100)  # of many classes, confusions would not be seen
+    image = panel.imshow(shares, cmap="Blues", norm=scale)
+    if few:
+        panel.set_xticks(range(len(classes)), classes, rotation=45, ha="right", parse_math=False)
+        panel.set_yticks(range(len(classes)), classes, parse_math=False)
+        _write_numbers(panel, shares, 50, 9 if len(classes) <= 12 else 6)
+    panel.set(xlabel="predicted class", ylabel="true class")
+    panel.set_title(f"{title}\ntop-1 {top1:.2f}%", fontsize=9, parse_math=False)
+    figure.colorbar(image, label="share of the true class [%]", shrink=0.8)
+    _save(figure, path)
+
+
+def plot_reliability(
+    path: Path, bins: Sequence[tuple[int, float, float]], ece: float, confidence: float, top1: float, title: str
+) -> None:
+    """Accuracy of each bin of confidence (images, accuracy, mean confidence, the latter in [0, 1]) next to its
+    confidence, over the number of images in it; ``ece``, ``confidence`` and ``top1`` are in %."""
+    count, accuracy, sure = np.nan_to_num(np.array(bins)).T
+    lefts, gap = np.linspace(0, 1, len(bins) + 1)[:-1], sure - accuracy
+    style: dict[str, Any] = {"width": 1 / len(bins), "align": "edge", "edgecolor": "white", "linewidth": 0.5}
+    figure = Figure(figsize=(5, 5.6), layout="constrained", dpi=120)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    above.bar(lefts, accuracy, color=PALETTE[5], label="accuracy", **style)
+    above.bar(lefts, gap.clip(0), bottom=accuracy, color=PALETTE[7], alpha=0.5, label="overconfident by", **style)
+    above.bar(lefts, (-gap).clip(0), bottom=sure, color=PALETTE[2], alpha=0.6, label="underconfident by", **style)
+    above.plot([0, 1], [0, 1], "--", color="0.4", linewidth=1)
+    above.set_ylabel("accuracy")
+    above.set_title(f"{title}\nexpected calibration error {ece:.2f}%", fontsize=9, parse_math=False)
+    above.legend(frameon=False, loc="upper left")
+    below.bar(lefts, 100 * count / count.sum(), color="0.6", **style)
+    below.axvline(confidence / 100, color=PALETTE[7], linewidth=1.2, label=f"mean confidence {confidence:.1f}%")
+    below.axvline(top1 / 100, color=PALETTE[5], linewidth=1.2, linestyle="--", label=f"accuracy {top1:.1f}%")
+    below.set(xlabel="confidence", ylabel="images [%]", xlim=(0, 1))
+    below.legend(frameon=False, loc="upper left", fontsize=8)
+    for panel in (above, below):
+        panel.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def plot_corruptions(path: Path, errors: dict[str, list[float]], title: str) -> None:
+    """Errors in % as a table in colours: a row a corruption, a column a severity, and their mean."""
+    values = np.array([[*row, np.mean(row)] for row in errors.values()])
+    severities = values.shape[1] - 1
+    figure = Figure(figsize=(5.6, 1.4 + 0.32 * len(values)), layout="constrained", dpi=120)
+    panel = figure.subplots()
+    panel.imshow(values, cmap="Reds", vmin=0, vmax=100, aspect="auto")
+    _write_numbers(panel, values, 60, 9)
+    panel.axvline(severities - 0.5, color="white", linewidth=4)
+    panel.set_xticks(range(severities + 1), [*map(str, range(1, severities + 1)), "mean"])
+    panel.set_yticks(range(len(values)), [name.replace("_", " ") for name in errors], parse_math=False)
+    panel.set_xlabel("severity")
+    panel.set_title(title, fontsize=8, parse_math=False)
+    _save(figure, path)
+
+
+def plot_corrupted_images(path: Path, shown: dict[str, list[torch.Tensor]], title: str) -> None:
+    """One image, uint8 [3, H, W], under every corruption, severities downwards; below the clean image where the lists
+    begin with it."""
+    gap = max(1, min(next(iter(shown.values()))[0].shape[1:]) // 32)
+    columns = [[F.pad(image, (gap,) * 4, value=255) for image in images] for images in shown.values()]
+    mosaic = torch.cat([torch.cat(column, dim=1) for column in columns], dim=2).permute(1, 2, 0).numpy()
+    rows, (height, width) = len(columns[0]), columns[0][0].shape[1:]
+    figure = Figure(figsize=(0.8 * len(shown), 0.8 * rows * height / width), dpi=120)
+    panel = figure.add_axes((0, 0, 1, 1))
+    panel.imshow(mosaic, interpolation="nearest", aspect="auto")
+    names = [name.replace("_", "\n") for name in shown]
+    panel.set_xticks(width * (np.arange(len(shown)) + 0.5) - 0.5, names, fontsize=7, parse_math=False)
+    severities = ["clean", "1", "2", "3", "4", "5"][-rows:]
+    panel.set_yticks(height * (np.arange(rows) + 0.5) - 0.5, severities, fontsize=8)
+    panel.set_ylabel("severity", fontsize=8)
+    panel.set_title(title, fontsize=8, parse_math=False)
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
+    _save(figure, path)
+
+
+def plot_attacks(path: Path, clean: float, accuracies: dict[str, dict[float, float]], title: str) -> None:
+    """Top-1 accuracy in % under attacks of each size (of 255), next to that of the same images without attack."""
+    sizes = sorted({size for found in accuracies.values() for size in found})
+    figure = Figure(figsize=(2.2 + 1.1 * len(sizes), 3.6), layout="constrained", dpi=120)
+    panel = figure.subplots()
+    width = 0.8 / len(accuracies)
+    bars = [panel.bar(0, clean, 0.4, color="0.6")]
+    for i, (label, found) in enumerate(accuracies.items()):
+        places = [1 + sizes.index(size) + (i - (len(accuracies) - 1) / 2) * width for size in found]
+        colour = PALETTE[(5, 7, 3, 6)[i % 4]]
+        bars.append(panel.bar(places, list(found.values()), 0.9 * width, label=label, color=colour))
+    for group in bars:
+        panel.bar_label(group, fmt="%.1f", fontsize=8, padding=2)
+    panel.set_xticks(range(len(sizes) + 1), ["clean", *(f"{size:g}/255" for size in sizes)])
+    panel.set(ylim=(0, 108), xlabel="largest change of a pixel", ylabel="top-1 accuracy [%]")
+    panel.set_title(title, fontsize=8, parse_math=False)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=len(accuracies), frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def plot_shifts(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Top-1 accuracy in % on other test sets (``name``, ``images``, ``top1``, ``own_top1``, ``ece`` or None), each next
+    to that on the same classes of the in-distribution test set."""
+    figure = Figure(figsize=(2.4 + 1.3 * len(rows), 3.8), layout="constrained", dpi=120)
+    panel = figure.subplots()
+    for offset, key, colour, label in (
+        (-0.2, "own_top1", "0.6", "in-distribution test set"),
+        (0.2, "top1", PALETTE[5], "this test set"),
+    ):
+        bars = panel.bar(np.arange(len(rows)) + offset, [row[key] for row in rows], 0.38, color=colour, label=label)
+        panel.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
+    names = [f"{row['name']}\n{row['images']:,} images" for row in rows]
+    names = [n if row["ece"] is None else f"{n}\nECE {row['ece']:.1f}%" for n, row in zip(names, rows, strict=True)]
+    panel.set_xticks(range(len(rows)), names, fontsize=8, parse_math=False)
+    panel.set(ylim=(0, 108), ylabel="top-1 accuracy [%]")
+    panel.set_title(title, fontsize=8, parse_math=False)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _write_numbers(panel: Any, values: np.ndarray, dark: float, size: float) -> None:
+    """Whole numbers into the cells of a picture; white where the cell is dark. Zero stays empty."""
+    for (row, column), value in np.ndenumerate(values):
+        if value > 0.5:
+            colour = "white" if value > dark else "black"
+            panel.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=size, color=colour)
 
 
 def _styles(frame: pd.DataFrame) -> dict[Any, dict[str, Any]]:
