@@ -34,9 +34,12 @@ from utils.run import Identity, Progress, Run, Training, log
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a failed run, 2 for bad arguments, 128 + signal when stopped."""
-    args, given = options.parse(sys.argv[1:] if argv is None else argv)
-    work = evaluate if args.evaluate else train
-    return exit_code(options.make_parser(), lambda: work(args, given))
+
+    def work() -> int:
+        args, given = options.parse(sys.argv[1:] if argv is None else argv)
+        return evaluate(args, given) if args.evaluate else train(args, given)
+
+    return exit_code(options.make_parser(), work)
 
 
 def train(args: argparse.Namespace, given: set[str]) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -16,44 +16,47 @@ from utils.unpickle import Inert
 
 from mixup.settings import NORMALISATION
 from models import ARCHITECTURES, build_model
-from tests.common import ENVIRONMENT, ROOT
-from utils import archive, checkpoint
+from utils import checkpoint
 from utils.errors import UserError
 from utils.files import atomic_write
 
 
 def state(epoch: int) -> dict[str, Any]:
-    return {"sage": 1, "state_dict": {"weight": torch.full((300,), float(epoch))}, "progress": {"epoch": epoch}}
+    return {"state_dict": {"weight": torch.full((300,), float(epoch))}, "progress": {"epoch": epoch}}
 
 
 def test_last_previous_and_best_are_kept(tmp_path: Path) -> None:
     for epoch in range(3):
-        checkpoint.save(state(epoch), tmp_path, best=state(epoch) if epoch == 1 else None)
-    found = {name: archive.load(tmp_path / name)["progress"]["epoch"] for name in os.listdir(tmp_path)}
+        checkpoint.write(state(epoch), tmp_path, best=state(epoch) if epoch == 1 else None)
+    found = {name: checkpoint.load(tmp_path / name)["progress"]["epoch"] for name in os.listdir(tmp_path)}
     assert found == {checkpoint.LAST: 2, checkpoint.PREVIOUS: 1, checkpoint.BEST: 1}
 
 
 def test_a_checkpoint_is_an_ordinary_archive(tmp_path: Path) -> None:
-    checkpoint.save(state(5), tmp_path)
+    checkpoint.write(state(5), tmp_path)
     assert torch.load(tmp_path / checkpoint.LAST, weights_only=True)["progress"] == {"epoch": 5}
 
 
 def test_every_damage_is_found_and_the_one_before_is_used(tmp_path: Path) -> None:
-    checkpoint.save(state(1), tmp_path)
-    checkpoint.save(state(2), tmp_path)
-    path = tmp_path / checkpoint.LAST
+    """A bit that nobody reads, such as the time of an entry of the archive, changes nothing."""
+    checkpoint.write(state(1), tmp_path)
+    checkpoint.write(state(2), tmp_path)
+    path, noticed = tmp_path / checkpoint.LAST, 0
     whole = path.read_bytes()
-    places = np.unique(np.linspace(0, len(whole) - 1, 250).astype(int))
-    for place in places:
+    for place in np.unique(np.linspace(0, len(whole) - 1, 250).astype(int)):
         flipped = bytearray(whole)
         flipped[place] ^= 1 << (place % 8)
         for damaged in (bytes(flipped), whole[:place]):
             path.write_bytes(damaged)
-            with pytest.raises(archive.DamagedCheckpoint, match=r"damaged|cannot be read"):
-                archive.load(path)
             found = checkpoint.load_last(tmp_path)
             assert found is not None
-            assert found["progress"]["epoch"] == 1
+            if found["progress"]["epoch"] == 2:
+                assert len(damaged) == len(whole)
+                assert torch.equal(found["state_dict"]["weight"], state(2)["state_dict"]["weight"])
+            else:
+                assert found["progress"]["epoch"] == 1
+                noticed += 1
+    assert noticed > 400
     path.write_bytes(whole)
     assert checkpoint.load_last(tmp_path)["progress"]["epoch"] == 2  # type: ignore[index]
 
@@ -61,7 +64,7 @@ def test_every_damage_is_found_and_the_one_before_is_used(tmp_path: Path) -> Non
 def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
     assert checkpoint.load_last(tmp_path) is None
     with pytest.raises(UserError, match="nowhere"):
-        archive.load(tmp_path / "nowhere")
+        checkpoint.load(tmp_path / "nowhere")
 
 
 def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -100,8 +103,8 @@ def test_published_checkpoints_open_without_their_classes(
     }
     torch.save(published, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=zipped)
     monkeypatch.delattr(sys.modules["__main__"], "AverageMeter")
-    found = archive.load(tmp_path / "old.pth.tar")
-    assert isinstance(found["recorder"], Inert)
+    found = checkpoint.load(tmp_path / "old.pth.tar")
+    assert isinstance(found["recorder"], checkpoint.Inert)
     assert found["state_dict"]["module.fc.bias"].tolist() == [0, 1, 2]
 
 
@@ -139,19 +142,51 @@ def test_hostile_pickles_are_refused(
     else:
         path.write_bytes(HOSTILE[family])
     with pytest.raises(UserError, match="hostile"):
-        archive.load(path)
+        checkpoint.load(path)
     assert not (tmp_path / "PWNED_00").exists()
 
 
-def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
-    """It could unpack to more than the memory."""
-    torch.save({"a": torch.zeros(1000)}, tmp_path / "plain.pth")
-    path = tmp_path / "bomb.pth"
-    with zipfile.ZipFile(tmp_path / "plain.pth") as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
-        for name in source.namelist():
-            target.writestr(name, source.read(name))
-    with pytest.raises(UserError, match="compressed"):
-        archive.load(path)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_torch_saves_is_read(tmp_path: Path, zipped: bool) -> None:
+    weight = torch.arange(12.0).reshape(3, 4)
+    saved = {
+        "tensors": [
+            weight,
+            weight.t(),
+            weight[1:, ::2],
+            torch.tensor(3),
+            torch.empty(0, 2),
+            torch.nn.Parameter(weight),
+        ],
+        "dtypes": [weight.to(kind) for kind in (torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.bool)],
+        "settings": {"name": "é", "numbers": (1, 2.5, None, True, -3, 2**70), 5: []},
+        "arguments": argparse.Namespace(lr=0.1),
+        "state_dict": torch.nn.BatchNorm2d(3).state_dict(),
+    }
+    torch.save(saved, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    found = checkpoint.load(tmp_path / "a.pth")
+    assert found["settings"] == saved["settings"]
+    assert list(found["state_dict"]) == list(saved["state_dict"])  # type: ignore[call-overload]
+    for name in ("tensors", "dtypes"):
+        for one, other in zip(found[name], saved[name], strict=True):  # type: ignore[call-overload]
+            assert (one.dtype, one.stride()) == (other.dtype, other.stride())
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "nest", [[], ["state_dict"], ["model_state_dict"], ["model"], ["net"], ["model", "state_dict"]]
+)
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_weights_of_other_loops_open(nest: list[str], prefix: str) -> None:
+    weights: dict[str, Any] = {f"{prefix}fc.weight": torch.ones(2, 3), f"{prefix}fc.bias": torch.ones(2)}
+    for name in nest:
+        weights = {"epoch": 3, name: weights}
+    assert checkpoint.weights_of(weights, "a.pth").keys() == {"fc.weight", "fc.bias"}
+
+
+def test_a_file_without_weights_names_its_keys() -> None:
+    with pytest.raises(UserError, match=r"holds no weights alone or under state_dict, .*; its keys are encoder, step"):
+        checkpoint.weights_of({"encoder": {"a": torch.ones(1)}, "step": 3}, "a.pth")
 
 
 # ------------------------------------------------------------------------------------------------------- load_network
@@ -170,12 +205,19 @@ def published(
 
 
 def written_by_an_old_run(model: torch.nn.Module, **settings: Any) -> dict[str, Any]:
-    """What a run of this project wrote before checkpoints held the size and the digests of the images."""
+    """What a run of this project writes, but for the size of its images."""
     settings = {"dataset": "cifar100", "arch": "preactresnet18", "initial_channels": 4, "dropout": False, **settings}
     progress = {"epoch": 2, "step": 0, "sums": [0.0] * 4, "seconds": 0.0, "rows": [{}, {}]}
     names = [f"class {k}" for k in range(7)]
-    state = {"sage": 1, "settings": settings, "classes": names, "mean": MEAN, "std": STD, "images": 100}
-    return {**state, "state_dict": model.state_dict(), "optimizer": {}, "progress": progress}
+    state = {"settings": settings, "classes": names, "mean": MEAN, "std": STD, "images": 100}
+    return {
+        **state,
+        "digests": {},
+        "origin": None,
+        "state_dict": model.state_dict(),
+        "optimizer": {},
+        "progress": progress,
+    }
 
 
 def assert_same_logits(network: torch.nn.Module, model: torch.nn.Module, height: int, width: int) -> None:
@@ -204,11 +246,11 @@ def test_a_published_network_of_every_architecture_opens(arch: str) -> None:
 def test_networks_of_runs_old_and_new_open(tmp_path: Path, height: int, width: int) -> None:
     model, _ = published("preactresnet18", stride=2 if height >= 64 else 1)
     old = written_by_an_old_run(model, dataset="folder")
-    checkpoint.save(old, tmp_path)
+    checkpoint.write(old, tmp_path)
     network, about = checkpoint.load_network(tmp_path / checkpoint.LAST, image_size=(height, width))
     assert_same_logits(network, model, height, width)
     assert (about.classes, about.epochs, about.dataset) == (old["classes"], 2, "folder")
-    checkpoint.save({**old, "image_size": (height, width), "digests": {"train": "1", "test": "2"}}, tmp_path)
+    checkpoint.write({**old, "image_size": (height, width), "digests": {"train": "1", "test": "2"}}, tmp_path)
     network, about = checkpoint.load_network(tmp_path / checkpoint.LAST)
     assert_same_logits(network, model, height, width)
     assert (about.image_size, about.digests) == ((height, width), {"train": "1", "test": "2"})
@@ -223,7 +265,7 @@ def test_what_a_checkpoint_does_not_say_is_asked_for_by_name(tmp_path: Path) -> 
         checkpoint.load_network(tmp_path / "published.pth", dataset="cifar10")
     with pytest.raises(UserError, match="does not say its network's image_size, mean, std;"):
         checkpoint.load_network(tmp_path / "published.pth", arch="preactresnet18", dataset="folder")
-    checkpoint.save(written_by_an_old_run(model, dataset="folder"), tmp_path)
+    checkpoint.write(written_by_an_old_run(model, dataset="folder"), tmp_path)
     with pytest.raises(UserError, match="does not say its network's image_size;"):
         checkpoint.load_network(tmp_path / checkpoint.LAST)
 
@@ -233,9 +275,6 @@ def test_what_a_checkpoint_does_not_say_is_asked_for_by_name(tmp_path: Path) -> 
     [
         ({"arch": "preactresnet34"}, "do not fit --arch preactresnet34"),
         ({"arch": "resnext29_4_24"}, "do not fit --arch resnext29_4_24"),
-        ({"arch": ["preactresnet18"] * 10**4}, "setting 'arch'"),
-        ({"arch": [["preactresnet18"]]}, "setting 'arch'"),
-        ({"schedule": {1: 2}}, "setting 'schedule'"),
         ({"arch": "unheard_of"}, "unknown architecture"),
     ],
 )
@@ -245,14 +284,10 @@ def test_settings_that_do_not_go_with_the_weights_are_refused(changes: dict[str,
         checkpoint.network_of(written_by_an_old_run(model, **changes), "odd.pth", {})
 
 
-def test_a_small_file_does_not_ask_for_a_large_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes are compared before anything is allocated."""
-    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_: pytest.fail("a network was built"))
-    weights = {"conv1.weight": torch.zeros(1, 1, 1, 1).expand(10**5, 3, 3, 3), "linear.weight": torch.zeros(7, 8)}
-    with pytest.raises(UserError, match="do not fit"):
-        checkpoint.network_of({"state_dict": weights}, "odd.pth", {"arch": "preactresnet18", "dataset": "cifar10"})
-
-
-def test_reading_a_checkpoint_draws_no_pictures() -> None:
-    check = "import sys, utils.checkpoint; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, env=ENVIRONMENT).returncode == 0
+@pytest.mark.parametrize(("trained", "asked"), [((32, 32), 64), ((64, 64), 32)])
+def test_width_and_stride_are_the_files(tmp_path: Path, trained: tuple[int, int], asked: int) -> None:
+    """Whatever size the caller's images have."""
+    model, _ = published("preactresnet18", stride=2 if trained[0] >= 64 else 1)
+    checkpoint.write({**written_by_an_old_run(model, dataset="folder"), "image_size": trained}, tmp_path)
+    network, _ = checkpoint.load_network(tmp_path / checkpoint.LAST, image_size=asked)
+    assert_same_logits(network, model, asked, asked)

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from utils.runs import Progress, Training
+from utils.run import Progress, Training
 
 from load_data import Data, Split
 from mixup import METHODS, build_method

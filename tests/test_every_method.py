@@ -17,7 +17,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor, nn
-from utils.runs import Run
+from utils.run import Run
 
 import models
 from load_data import DATASETS, train_batches

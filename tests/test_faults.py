@@ -3,42 +3,51 @@
 from __future__ import annotations
 
 import errno
+import importlib
+import io
 import json
+import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from functools import partial
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
-from utils.runs import Progress, Training
 
 from mixup import METHODS, build_method
-from tests import forked
-from tests.common import rows
-from utils import archive, checkpoint, distributed, options, runs, train
+from tests.common import main, rows
+from utils import checkpoint, distributed, options, pictures, run, train
 from utils.errors import UserError
 from utils.files import remove_leftovers
+from utils.run import Progress, Training
 
-KILLS = 7  # of each method
+CONTEXT = multiprocessing.get_context("forkserver")  # children of a process that has imported the program once
+KILLS = 3  # of each method
 OF_METHOD = {"sage": ["--rand_pos", "0.05", "--update_ratio", "0.7"], "vanilla": ["--dropout", "True"]}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _server() -> None:
-    forked.start_server()
+@pytest.fixture(autouse=True)
+def _quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plotting takes most of the time of a small run: pictures are their titles alone."""
+    without_pictures(monkeypatch.setattr)
+
+
+def without_pictures(set_to: Callable[..., None] = setattr) -> None:
+    set_to(pictures, "plot_curves", lambda path, *rest: path.write_bytes(b""))
+    set_to(pictures, "plot_mixed", lambda path, pairs, data, title: path.write_text(title))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +63,7 @@ def words(tree: Path) -> list[object]:
 def whole(words: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing happened to."""
     root = tmp_path_factory.mktemp("whole")
-    assert forked.start(*words, "--root_dir", root).end()[0] == 0
+    main(*words, "--root_dir", root)
     (folder,) = root.iterdir()
     return folder
 
@@ -62,9 +71,10 @@ def whole(words: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def stopped_once(words: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("stopped")
-    first = partial(forked.send_at, "utils.train:draw", signal.SIGTERM, call=6)
-    code, said = forked.start(*words, "--root_dir", root, first=first).end()
-    assert code == 143, said
+    with pytest.MonkeyPatch.context() as patch:
+        without_pictures(patch.setattr)
+        signal_at(patch, "utils.train:step_generator", signal.SIGTERM, call=6)
+        main(*words, "--root_dir", root, check=143)
     (folder,) = root.iterdir()
     return folder
 
@@ -75,18 +85,58 @@ def stopped(stopped_once: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(stopped_once, tmp_path / "runs" / stopped_once.name))
 
 
+def call_before(patch: pytest.MonkeyPatch, where: str, before: Callable[[], None]) -> None:
+    """``before`` is called before each call of function ``module:name``."""
+    module_name, name = where.split(":")
+    module = importlib.import_module(module_name)
+    original = getattr(module, name)
+
+    def replacement(*args: Any, **named: Any) -> Any:
+        before()
+        return original(*args, **named)
+
+    patch.setattr(module, name, replacement)
+
+
+def signal_at(patch: pytest.MonkeyPatch, where: str, *numbers: int, call: int = 1) -> None:
+    """This process sends itself signals when function ``module:name`` is called for the given time."""
+    calls = iter(range(1, 10**6))
+
+    def before() -> None:
+        if next(calls) == call:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+
+    call_before(patch, where, before)
+
+
+def fail_at(patch: pytest.MonkeyPatch, where: str, number: int) -> None:
+    """Function ``module:name`` raises an ``OSError``."""
+
+    def before() -> None:
+        raise OSError(number, os.strerror(number))
+
+    call_before(patch, where, before)
+
+
 def finish(*words: object) -> str:
     """The same command typed again must reach the end."""
-    code, said = forked.start(*words).end()
-    assert code == 0, said
-    return said
+    done = main(*words)
+    return done.stdout + done.stderr
+
+
+def refused(code: int, *words: object) -> str:
+    """What a command says that must fail with this exit code, in one line."""
+    done = main(*words, check=code)
+    assert_one_line(done.stdout + done.stderr)
+    return done.stdout + done.stderr
 
 
 def assert_same(folder: Path, expected: Path) -> None:
     """metrics.csv but for measurements, weights, optimiser and best checkpoint, bit by bit; nothing left over."""
     assert rows(folder) == rows(expected)
     for name in (checkpoint.LAST, checkpoint.BEST):
-        ours, theirs = (archive.load(path / name) for path in (folder, expected))
+        ours, theirs = (checkpoint.load(path / name) for path in (folder, expected))
         for key in theirs["state_dict"]:
             assert torch.equal(ours["state_dict"][key], theirs["state_dict"][key]), key
         for key, value in theirs["optimizer"]["state"].items():
@@ -101,12 +151,9 @@ def assert_whole(folder: Path) -> None:
     """Whatever has its real name is whole, and nothing temporary is left."""
     for path in folder.iterdir():
         if path.suffix == ".tar":
-            archive.load(path)
+            checkpoint.load(path)
         elif path.suffix == ".json":
             json.loads(path.read_text())
-        elif path.suffix == ".png":
-            with Image.open(path) as image:
-                image.load()
         elif path.suffix == ".csv":
             assert path.read_text().endswith("\n")
         assert path.suffix != ".tmp"
@@ -121,66 +168,92 @@ def assert_one_line(said: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------- kills
 
 
+def child(words: list[str]) -> None:
+    without_pictures()
+    with redirect_stdout(io.StringIO()):
+        code = importlib.import_module("main").main(words)
+    raise SystemExit(code)
+
+
+def start(*words: object) -> Any:
+    """main.py in a process of its own."""
+    CONTEXT.set_forkserver_preload(["main"])
+    process = CONTEXT.Process(target=child, args=([str(word) for word in words],), daemon=True)
+    process.start()
+    return process
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_at_random_moments_a_run_ends_the_same(words: list[object], tmp_path: Path, method: str) -> None:
     """SIGKILL after a random part of the time a run takes, the same command again and again until it ends."""
     mine = [*words, "--method", method, *OF_METHOD.get(method, [])]
-    first = None if method == "sage" else forked.without_pictures
-    finish(*words[:4], "--log_off", "True", *words[4:], "--epochs", 1)  # the server is up, the images are in the cache
+    start("--help").join()  # the server is up
     began = time.monotonic()
-    assert forked.start(*mine, "--root_dir", tmp_path / "whole", first=first).end()[0] == 0
+    whole = start(*mine, "--root_dir", tmp_path / "whole")
+    whole.join(120)
+    assert whole.exitcode == 0
     duration = time.monotonic() - began
     (expected,) = (tmp_path / "whole").iterdir()
+    delays, kills, ends = random.Random(method), 0, 0
+    while kills < KILLS or ends == 0:
+        process = start(*mine, "--root_dir", tmp_path / str(ends))
+        process.join(delays.uniform(0, duration) if kills < KILLS else 120)
+        if process.exitcode is None:
+            process.kill()
+            kills += 1
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if process.exitcode == 0:
+            assert_same(tmp_path / str(ends) / expected.name, expected)
+            ends += 1
 
-    delays = random.Random(method)
-    kills, ends, met = 0, 0, set()
-    while kills < KILLS:
-        folder = tmp_path / str(ends) / expected.name
-        ended = False
-        while not ended:
-            child = forked.start(*mine, "--root_dir", folder.parent, first=first)
-            if kills < KILLS:
-                delay = delays.uniform(0, duration)
-                child.process.join(delay)
-                with suppress(ProcessLookupError):  # it has ended just now
-                    if child.process.exitcode is None:
-                        child.send(signal.SIGKILL)
-            code, said = child.end()
-            assert code in (0, -signal.SIGKILL), said
-            ended = code == 0
-            kills += not ended
-            if not ended:
-                saved = checkpoint.load_last(folder) if folder.exists() else None
-                met.add((saved["progress"]["epoch"], saved["progress"]["step"]) if saved else "nothing saved")
-        ends += 1
-        assert_same(folder, expected)
-    print(f"{method}: {kills} kills, {ends} ends, last saved (epoch, step): {sorted(met, key=str)}")
+
+def write_three(folder: Path, before_last: Callable[[], None]) -> None:
+    for epoch in range(3):
+        if epoch == 2:
+            before_last()
+        state = {"state_dict": {"weight": torch.full((300,), float(epoch))}, "progress": {"epoch": epoch}}
+        checkpoint.write(state, folder, best=state)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it, and nothing that would tidy up may run."""
 
 
 def test_killed_at_every_file_operation_of_a_save(tmp_path: Path) -> None:
     """The last checkpoint is the old or the new one, and the best one is whole and not behind it."""
-    operation, total = 0, None
-    while total is None:
+    ended, operation = False, 0
+    while not ended:
         operation += 1
         folder = tmp_path / str(operation)
         folder.mkdir()
-        pipe, other = forked.CONTEXT.Pipe(duplex=False)
-        process = forked.CONTEXT.Process(target=forked.kill_in_save, args=(str(folder), operation, other))
-        process.start()
-        other.close()
-        process.join()
-        if process.exitcode == 0:
-            total = pipe.recv()
-        last, best = (archive.load(folder / name)["progress"]["epoch"] for name in (checkpoint.LAST, checkpoint.BEST))
+        done = 0
+        with pytest.MonkeyPatch.context() as patch:
+
+            def before(operation: int = operation) -> None:
+                nonlocal done
+                done += 1
+                if done >= operation:  # a killed process does nothing more to its files
+                    raise Killed
+
+            def watch(patch: pytest.MonkeyPatch = patch, before: Callable[[], None] = before) -> None:
+                for name in ("open", "fsync", "chmod", "link", "unlink", "replace"):
+                    call_before(patch, f"os:{name}", before)
+
+            try:
+                write_three(folder, watch)
+                ended = True
+            except Killed:
+                pass
+        last, best = (checkpoint.load(folder / n)["progress"]["epoch"] for n in (checkpoint.LAST, checkpoint.BEST))
         assert (last, best) in ((1, 1), (1, 2), (2, 2))
-        assert archive.load(folder / checkpoint.PREVIOUS)["progress"]["epoch"] in (0, 1)
+        assert checkpoint.load(folder / checkpoint.PREVIOUS)["progress"]["epoch"] in (0, 1)
         remove_leftovers(folder)
-        checkpoint.save({"sage": 1, "state_dict": {}, "progress": {"epoch": 3}}, folder)
-        assert archive.load(folder / checkpoint.PREVIOUS)["progress"]["epoch"] == last
+        checkpoint.write({"state_dict": {}, "progress": {"epoch": 3}}, folder)
+        assert checkpoint.load(folder / checkpoint.PREVIOUS)["progress"]["epoch"] == last
         assert_whole(folder)
     assert last == 2
-    assert operation == total + 1
-    assert total >= 10
+    assert operation >= 8
 
 
 # ----------------------------------------------------------------------------------------------------------- full disks
@@ -188,161 +261,99 @@ def test_killed_at_every_file_operation_of_a_save(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 300, 1500, 10_000, 40_000, None])
 def test_files_that_cannot_grow(words: list[object], tmp_path: Path, whole: Path, size: int | None) -> None:
-    mine = [*words, "--root_dir", tmp_path]
+    """Writing fails as on a full disk, without needing one."""
     size = (whole / checkpoint.LAST).stat().st_size - 1 if size is None else size
-    code, said = forked.start(*mine, first=partial(forked.limit_files, size)).end()
-    assert code == 1
-    assert_one_line(said)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        done = main(*words, "--root_dir", tmp_path, check=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_one_line(done.stdout + done.stderr)
     (folder,) = tmp_path.iterdir()
     assert_whole(folder)
-    finish(*mine)
+    finish(*words, "--root_dir", tmp_path)
     assert_same(folder, whole)
 
 
-def test_files_that_cannot_grow_but_a_checkpoint_can(words: list[object], stopped: Path, whole: Path) -> None:
-    """Pictures, log and events are not worth stopping for."""
-    for name in ("utils.pictures:plot_curves", "utils.pictures:plot_mixed", "utils.records:scalars"):
-        first = partial(forked.fail_at, name, errno.ENOSPC)
-        code, said = forked.start(*words, "--root_dir", stopped.parent, first=first).end()
-        assert code == 0
-        assert "Traceback" not in said
+@pytest.mark.parametrize(
+    "name", ["utils.pictures:plot_curves", "utils.pictures:plot_mixed", "utils.train:write_metrics"]
+)
+def test_a_lost_picture_or_record_stops_nothing(
+    words: list[object], stopped: Path, whole: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(monkeypatch, name, errno.ENOSPC)
+    assert "No space left" in finish(*words, "--root_dir", stopped.parent)
+    monkeypatch.undo()
     assert_same(stopped, whole)
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a small file system, or mounts it again with other options."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mount(options: str) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-        if subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("mounting needs privileges")
-        return place
-
-    yield mount
-    while place.is_mount():
-        subprocess.run(["umount", str(place)], check=True)
-
-
-@pytest.mark.parametrize("limit", ["size=4k", "size=64k", "size=600k", "nr_inodes=7"])
-def test_full_disk(words: list[object], disk: Callable[[str], Path], whole: Path, limit: str) -> None:
-    root = disk(limit)
-    code, said = forked.start(*words, "--root_dir", root).end()
-    assert "Traceback" not in said
-    if code != 0:
-        assert code == 1
-        assert_one_line(said)
-    for folder in root.iterdir():
-        assert_whole(folder)
-    disk("remount,size=100m,nr_inodes=1000")
-    finish(*words, "--root_dir", root)
-    assert_same(root / whole.name, whole)
-
-
-def test_read_only_folder(words: list[object], disk: Callable[[str], Path], stopped: Path, whole: Path) -> None:
-    root = disk("size=100m")
-    disk("remount,ro")
-    mine = [*words, "--root_dir", root]
-    code, said = forked.start(*mine).end()
-    assert code == 1
-    assert "Read-only file system" in said
-    assert_one_line(said)
-    disk("remount,rw")
-    shutil.copytree(stopped, root / whole.name)
-    disk("remount,ro")
-    code, said = forked.start(*mine).end()
-    assert code == 1
-    assert_one_line(said)
-    disk("remount,rw")
-    assert "continuing in epoch 1" in finish(*mine)
-    assert_same(root / whole.name, whole)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_folder_without_permission(words: list[object], stopped: Path, whole: Path) -> None:
-    stopped.chmod(0o500)
-    code, said = forked.start(*words, "--root_dir", stopped.parent).end()
-    stopped.chmod(0o700)
-    assert code == 1
-    assert_one_line(said)
-    finish(*words, "--root_dir", stopped.parent)
+def test_read_only_folder(words: list[object], stopped: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_at(monkeypatch, "tempfile:mkstemp", errno.EROFS)
+    assert "Read-only file system" in refused(1, *words, "--root_dir", stopped.parent)
+    monkeypatch.undo()
+    assert "continuing in epoch 1" in finish(*words, "--root_dir", stopped.parent)
     assert_same(stopped, whole)
 
 
 # ------------------------------------------------------------------------------------------- one folder, and who has it
 
 
-def paused(words: list[object], root: Path) -> forked.Child:
-    """A run that holds its folder, and stands still in its third step."""
-    first = partial(forked.send_at, "utils.train:draw", signal.SIGSTOP, call=3)
-    child = forked.start(*words, "--root_dir", root, first=first)
-    while not forked.is_stopped(child):
-        time.sleep(0.01)
-    return child
+def test_two_runs_in_one_folder(words: list[object], stopped: Path, whole: Path) -> None:
+    with open(stopped / run.LOCK) as file:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for more in ([], ["--overwrite", "True"]):
+            assert "another run is writing into" in refused(1, *words, "--root_dir", stopped.parent, *more)
+    assert "continuing in epoch 1" in finish(*words, "--root_dir", stopped.parent)
+    assert_same(stopped, whole)
 
 
-def test_two_runs_in_one_folder(words: list[object], tmp_path: Path, whole: Path) -> None:
-    holder = paused(words, tmp_path)
-    for more in ([], ["--overwrite", "True"]):
-        code, said = forked.start(*words, "--root_dir", tmp_path, *more).end()
-        assert code == 1
-        assert "another run is writing into" in said
-        assert_one_line(said)
-    holder.send(signal.SIGKILL)
-    assert holder.end()[0] == -signal.SIGKILL
-    assert "continuing in epoch 0, step 2" in finish(*words, "--root_dir", tmp_path)
-    assert_same(tmp_path / whole.name, whole)
-
-
-def test_folder_deleted_underneath(words: list[object], tmp_path: Path, whole: Path) -> None:
-    child = paused(words, tmp_path)
-    shutil.rmtree(tmp_path / whole.name)
-    child.send(signal.SIGCONT)
-    code, said = child.end()
-    assert code == 1
-    assert "was deleted" in said
-    assert_one_line(said)
-    assert not list(tmp_path.iterdir())
+def test_folder_deleted_underneath(
+    words: list[object], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / whole.name
+    call_before(monkeypatch, "utils.train:step_generator", lambda: shutil.rmtree(folder, ignore_errors=True))
+    assert "was deleted" in refused(1, *words, "--root_dir", tmp_path)
+    monkeypatch.undo()
     finish(*words, "--root_dir", tmp_path)
+    assert_same(folder, whole)
+
+
+def test_folder_deleted_and_made_again_by_another_run(
+    words: list[object], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / whole.name
+
+    def replace() -> None:
+        if not (folder / "result.json").exists():
+            shutil.rmtree(folder)
+            shutil.copytree(whole, folder)
+
+    call_before(monkeypatch, "utils.train:step_generator", replace)
+    assert "another run" in refused(1, *words, "--root_dir", tmp_path)
+    assert_same(folder, whole)
+
+
+def test_file_system_without_locks(
+    words: list[object], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(monkeypatch, "fcntl:flock", errno.ENOLCK)
+    assert "cannot be locked" in finish(*words, "--root_dir", tmp_path)
     assert_same(tmp_path / whole.name, whole)
 
 
-def test_folder_deleted_and_made_again_by_another_run(words: list[object], tmp_path: Path, whole: Path) -> None:
-    child = paused(words, tmp_path)
-    shutil.rmtree(tmp_path / whole.name)
-    finish(*words, "--root_dir", tmp_path)
-    child.send(signal.SIGCONT)
-    code, said = child.end()
-    assert code == 1
-    assert "another run" in said
-    assert_same(tmp_path / whole.name, whole)
-
-
-def test_file_system_without_locks(words: list[object], tmp_path: Path, whole: Path) -> None:
-    first = partial(forked.fail_at, "fcntl:flock", errno.ENOLCK)
-    code, said = forked.start(*words, "--root_dir", tmp_path, first=first).end()
-    assert code == 0
-    assert "cannot be locked" in said
-    assert_same(tmp_path / whole.name, whole)
-
-
-def test_overwrite_keeps_the_old_run(words: list[object], stopped: Path, whole: Path) -> None:
+def test_overwrite_keeps_the_old_run(words: list[object], stopped: Path, whole: Path, tmp_path: Path) -> None:
     before = (stopped / checkpoint.LAST).read_bytes()
     mine = [*words, "--root_dir", stopped.parent, "--overwrite", "True"]
-    code, said = forked.start(*mine, "--resume", stopped / checkpoint.LAST).end()
-    assert code == 2
-    assert "--resume" in said
+    assert "--resume" in refused(2, *mine, "--resume", stopped / checkpoint.LAST)
+    refused(1, *mine, "--data_dir", tmp_path / "mistyped")  # images first: the old run is still in its place
+    assert (stopped / checkpoint.LAST).read_bytes() == before
     assert "continuing" not in finish(*mine)
     assert_same(stopped, whole)
     (old,) = (path for path in stopped.parent.iterdir() if path != stopped)
     assert (old / checkpoint.LAST).read_bytes() == before
-
-
-def test_overwrite_of_nothing(words: list[object], tmp_path: Path, whole: Path) -> None:
-    finish(*words, "--root_dir", tmp_path, "--overwrite", "True")
-    assert [path.name for path in tmp_path.iterdir()] == [whole.name]
 
 
 # -------------------------------------------------------------------------------------------------------------- signals
@@ -351,61 +362,49 @@ def test_overwrite_of_nothing(words: list[object], tmp_path: Path, whole: Path) 
 @pytest.mark.parametrize(
     ("where", "call", "numbers", "expected"),
     [
-        ("utils.images:_list_tree", 1, [signal.SIGTERM], 143),
-        ("utils.images:_list_tree", 1, [signal.SIGINT], 130),
-        ("utils.images:_list_tree", 1, [signal.SIGUSR1], 143),
-        ("utils.train:draw", 2, [signal.SIGTERM], 143),
-        ("utils.train:draw", 4, [signal.SIGINT], 130),
-        ("utils.train:draw", 5, [signal.SIGUSR1], 143),
-        ("utils.train:draw", 5, [signal.SIGHUP], 143),
+        ("utils.options:load", 1, [signal.SIGTERM], 143),
+        ("utils.options:load", 1, [signal.SIGINT], 130),
+        ("utils.options:load", 1, [signal.SIGUSR1], 143),
+        ("utils.train:step_generator", 2, [signal.SIGTERM], 143),
+        ("utils.train:step_generator", 4, [signal.SIGINT], 130),
+        ("utils.train:step_generator", 5, [signal.SIGUSR1], 143),
+        ("utils.train:step_generator", 5, [signal.SIGHUP], 143),
         ("utils.train:test_batches", 1, [signal.SIGTERM], 143),
         ("utils.checkpoint:link", 3, [signal.SIGINT], 130),
         ("utils.checkpoint:link", 3, [signal.SIGINT, signal.SIGINT], 130),
-        ("utils.pictures:plot_mixed", 1, [signal.SIGINT, signal.SIGINT], 130),
-        ("utils.records:write_metrics", 1, [signal.SIGUSR1], 143),
+        ("utils.train:write_metrics", 1, [signal.SIGUSR1], 143),
     ],
 )
 def test_signals(
-    words: list[object],
-    tmp_path: Path,
-    whole: Path,
-    where: str,
-    call: int,
-    numbers: list[int],
-    expected: int,
+    words: list[object], tmp_path: Path, whole: Path, where: str, call: int, numbers: list[int], expected: int
 ) -> None:
     """Stopped in any phase: the exit code, whole files, and the same end."""
-    mine = [*words, "--root_dir", tmp_path]
-    first = partial(forked.send_at, where, *numbers, call=call)
-    began = time.monotonic()
-    code, said = forked.start(*mine, first=first).end()
-    assert time.monotonic() - began < 10
-    assert code == expected, said
-    assert "Traceback" not in said
-    assert "stopped" in said
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it may be ignored, as under nohup
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            without_pictures(patch.setattr)
+            signal_at(patch, where, *numbers, call=call)
+            done = main(*words, "--root_dir", tmp_path, check=expected)
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
+    assert "stopped" in done.stdout + done.stderr
     folder = tmp_path / whole.name
-    assert_whole(folder)
-    assert not (folder / "result.json").exists()
-    finish(*mine)
+    if folder.exists():
+        assert_whole(folder)
+        assert not (folder / "result.json").exists()
+    finish(*words, "--root_dir", tmp_path)
     assert_same(folder, whole)
 
 
 def test_a_signal_between_saves_loses_nothing(words: list[object], tmp_path: Path, whole: Path) -> None:
     """After an epoch was evaluated, and long before the next save is due."""
     mine = [*words, "--root_dir", tmp_path, "--checkpoint_minutes", 5]
-    first = partial(forked.send_at, "utils.records:write_metrics", signal.SIGTERM)
-    code, said = forked.start(*mine, first=first).end()
-    assert (code, "stopped in epoch 1, step 0" in said) == (143, True), said
-    assert archive.load(tmp_path / whole.name / checkpoint.LAST)["progress"]["epoch"] == 1
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, "utils.train:write_metrics", signal.SIGTERM)
+        assert "stopped in epoch 1, step 0" in main(*mine, check=143).stdout
+    assert checkpoint.load(tmp_path / whole.name / checkpoint.LAST)["progress"]["epoch"] == 1
     assert "continuing in epoch 1, step 0" in finish(*mine)
     assert_same(tmp_path / whole.name, whole)
-
-
-def test_the_time_of_the_last_save_is_kept_where_nothing_is_written() -> None:
-    """On the processes that write no files: else they ask for a save at every step."""
-    run: Any = SimpleNamespace(folder=None, saved=-1e9)
-    checkpoint.save_run(run)
-    assert run.saved > 0
 
 
 # -------------------------------------------------------------------------------------------------------- damaged files
@@ -417,106 +416,38 @@ def damage(path: Path) -> None:
     path.write_bytes(content[: len(content) * 3 // 4])
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        [checkpoint.LAST],
-        [checkpoint.LAST, checkpoint.PREVIOUS],
-        [checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST],
-        ["config.json"],
-        ["metrics.csv", "mixed.png", "log.txt"],
-    ],
-)
-def test_damaged_files_of_a_stopped_run(words: list[object], stopped: Path, whole: Path, names: list[str]) -> None:
-    for name in names:
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_damaged_checkpoints_of_a_stopped_run(words: list[object], stopped: Path, whole: Path, count: int) -> None:
+    for name in (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST)[:count]:
         damage(stopped / name)
     (stopped / ".checkpoint.pth.tar.abcdefgh.tmp").write_bytes(b"killed while writing")
     said = finish(*words, "--root_dir", stopped.parent)
-    for name in names:
-        assert not name.endswith(("tar", "json")) or str(stopped / name) in said
-    assert ("continuing" in said) == (len(names) < 3 or "metrics.csv" in names)
+    assert said.count("an earlier one is used") == count
+    assert ("continuing" in said) == (count < 3)
     assert_same(stopped, whole)
 
 
-@pytest.mark.parametrize("name", ["result.json", "config.json", checkpoint.LAST])
-def test_damaged_files_of_a_finished_run(words: list[object], tmp_path: Path, whole: Path, name: str) -> None:
-    folder = tmp_path / whole.name
-    shutil.copytree(whole, folder)
-    damage(folder / name)
-    said = finish(*words, "--root_dir", tmp_path)
-    assert ("is finished" in said) == (name != "result.json")
-    assert said.count("is damaged") == (name != checkpoint.LAST)
-    if name != checkpoint.LAST:
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_record_is_named(words: list[object], whole: Path, tmp_path: Path, name: str, content: str) -> None:
+    folder = shutil.copytree(whole, tmp_path / whole.name)
+    (folder / name).write_text(content)
+    said = refused(1, *words, "--root_dir", tmp_path)
+    assert "is damaged" in said
+    assert str(folder) in said
+    (folder / name).unlink()
+    if name == "result.json":
+        finish(*words, "--root_dir", tmp_path)
         assert_same(folder, whole)
-
-
-@pytest.mark.parametrize("name", ["result.json", "config.json", "metrics.csv"])
-def test_a_folder_in_place_of_a_file_is_refused_at_once(words: list[object], stopped: Path, name: str) -> None:
-    (stopped / name).unlink(missing_ok=True)
-    (stopped / name).mkdir()
-    assert refused(1, *words, "--root_dir", stopped.parent) == f"error: {stopped / name} is not a file; remove it\n"
-
-
-@pytest.mark.parametrize("content", ["{", "[]", "7", "{}", '{"settings": 5, "summary": null}', "[" * 10**5])
-def test_damaged_records_are_reported_once_and_kept(
-    words: list[object], whole: Path, tmp_path: Path, content: str
-) -> None:
-    folder = shutil.copytree(whole, tmp_path / whole.name)
-    for name in ("config.json", "result.json"):
-        (folder / name).write_text(content)
-    said = finish(*words, "--root_dir", tmp_path)
-    for name in ("config.json", "result.json"):
-        assert said.count(f"{folder / name} is damaged") == 1
-        assert (folder / f"{name}.damaged").read_text() == content
-    assert_same(folder, whole)
-    assert "is finished" in finish(*words, "--root_dir", tmp_path)
-
-
-def test_a_config_that_cannot_be_read_at_the_moment_stays(words: list[object], whole: Path, tmp_path: Path) -> None:
-    """At the first reading of a start, and at later ones."""
-    folder = shutil.copytree(whole, tmp_path / whole.name)
-    before = (folder / "config.json").read_bytes()
-    for reading, number in enumerate((errno.EIO, errno.EACCES, errno.ESTALE), start=1):
-        first = partial(forked.unreadable, "config.json", number, reading)
-        code, said = forked.start(*words, "--root_dir", tmp_path, first=first).end()
-        assert (code == 1 and os.strerror(number) in said) if reading == 1 else code == 0
-        assert (folder / "config.json").read_bytes() == before
 
 
 def test_without_its_config_a_run_still_knows_its_settings(words: list[object], stopped: Path) -> None:
     (stopped / "config.json").unlink()
-    code, said = forked.start(*words, "--root_dir", stopped.parent, "--decay", 0.5).end()
-    assert code == 2
+    said = refused(2, *words, "--root_dir", stopped.parent, "--decay", 0.5)
     assert "--decay: 0.0001 there, 0.5 here" in said
 
 
-def test_other_images_are_not_the_same_run(words: list[object], stopped: Path, tree: Path, tmp_path: Path) -> None:
-    shutil.copytree(tree, tmp_path / "tree")
-    (tmp_path / "tree" / "train" / "dark" / "0.png").unlink()
-    code, said = forked.start(*words, "--root_dir", stopped.parent, "--data_dir", tmp_path / "tree").end()
-    assert code == 1
-    assert_one_line(said)
-
-
-def test_resumed_elsewhere_and_killed_it_continues_there(words: list[object], stopped: Path, whole: Path) -> None:
-    other = [*words, "--root_dir", stopped.parent / "other", "--resume", stopped / checkpoint.LAST]
-    child = forked.start(*other, first=partial(forked.send_at, "utils.train:draw", signal.SIGKILL, call=2))
-    assert child.end()[0] == -signal.SIGKILL
-    said = finish(*other)
-    assert "continuing in epoch 1, step 3" in said
-    shutil.copy(stopped / checkpoint.BEST, stopped.parent / "other" / whole.name)
-    assert_same(stopped.parent / "other" / whole.name, whole)
-
-
 # ------------------------------------------------------------------------------------- what a run is, and what goes on
-
-
-def refused(code: int, *words: object) -> str:
-    """What a command says that must fail with this exit code, in one line."""
-    found, said = forked.start(*words).end()
-    assert found == code, said
-    assert_one_line(said)
-    return said
 
 
 @pytest.mark.parametrize(
@@ -540,175 +471,45 @@ def test_another_run_is_not_gone_on_with(
     assert not list(tmp_path.glob("new/*/*.tar"))
 
 
-def test_mixed_images_are_of_the_first_epoch_and_the_last(words: list[object], tmp_path: Path) -> None:
-    """Of a run that is stopped in its second epoch and in its last one, and then trained longer."""
-    expected = {"mixed.png": "Vanilla, epoch 0"}
-    first: Callable[[], None] = forked.without_pictures
-
-    def found(root: Path) -> dict[str, str]:
-        return {path.name: path.read_text() for path in root.glob("*/mixed*")}
-
-    mine = [*words, "--root_dir", tmp_path / "three", "--epochs", 3]
-    for call, more in ((6, {}), (4, {"mixed_last.png": "Vanilla, epoch 2"})):
-        stop = partial(forked.send_at, "utils.train:draw", signal.SIGTERM, call=call)
-        assert forked.start(*mine, first=partial(forked.each, first, stop)).end()[0] == 143
-        expected |= more
-        assert found(tmp_path / "three") == expected
-    (folder,) = (tmp_path / "three").iterdir()
-    shutil.copytree(folder, tmp_path / "lost" / folder.name)
-    (tmp_path / "lost" / folder.name / "mixed_last.png").unlink()
-    (folder / "mixed_last.png").write_text("as it was")
-    for root, last in (("three", "as it was"), ("lost", "Vanilla, epoch 2")):
-        assert forked.start(*mine, "--root_dir", tmp_path / root, first=first).end()[0] == 0
-        assert found(tmp_path / root) == {**expected, "mixed_last.png": last}
-
-    resume = ["--resume", folder / checkpoint.LAST, "--root_dir", tmp_path / "five", "--epochs", 5]
-    assert forked.start(*words, *resume, "--add_name", "longer", first=first).end()[0] == 0
-    assert found(tmp_path / "five") == {"mixed.png": "Vanilla, epoch 3", "mixed_last.png": "Vanilla, epoch 4"}
-    resume = ["--resume", folder / checkpoint.LAST, "--root_dir", tmp_path / "four", "--epochs", 4]
-    assert forked.start(*words, *resume, "--add_name", "longer", first=first).end()[0] == 0
-    assert found(tmp_path / "four") == {"mixed.png": "Vanilla, epoch 3"}  # a batch is plotted once
-    assert forked.start(*words, "--root_dir", tmp_path / "one", "--epochs", 1, first=first).end()[0] == 0
-    assert found(tmp_path / "one") == {"mixed.png": "Vanilla, epoch 0"}
-
-
-def test_pictures_change_no_number(words: list[object], tmp_path: Path, whole: Path) -> None:
-    assert forked.start(*words, "--root_dir", tmp_path, first=forked.without_pictures).end()[0] == 0
-    assert_same(tmp_path / whole.name, whole)
-
-
 def test_a_run_is_trained_longer(words: list[object], whole: Path, tmp_path: Path) -> None:
-    """As if it had been meant to be that long; the way is named where more epochs are refused."""
-    longer = ["--epochs", 3, "--schedule", 1, 2, "--gammas", 0.1, 0.5]
-    said = refused(2, *words, "--root_dir", whole.parent, *longer)
-    assert "--resume THAT_FOLDER/checkpoint.pth.tar --add_name longer" in said
-    mine = [*words, *longer, "--root_dir", tmp_path, "--add_name", "longer"]
-    resume = ["--resume", whole / checkpoint.LAST]
-    first = partial(forked.send_at, "utils.train:draw", signal.SIGTERM, call=2)
-    assert forked.start(*mine, *resume, first=first).end()[0] == 143
-    assert "continuing in epoch 2, step 2" in finish(*mine, *resume)
-    (folder,) = tmp_path.iterdir()
-    finish(*words, *longer, "--root_dir", tmp_path / "at once", "--add_name", "longer")
-    (expected,) = (tmp_path / "at once").iterdir()
+    """It ends as if it had been meant to be that long."""
+    longer = ["--epochs", 3, "--schedule", 1, 2, "--gammas", 0.1, 0.5, "--add_name", "longer"]
+    finish(*words, *longer, "--root_dir", tmp_path / "whole")
+    finish(*words, *longer, "--root_dir", tmp_path / "longer", "--resume", whole / checkpoint.LAST)
+    (expected,), (folder,) = (list((tmp_path / name).iterdir()) for name in ("whole", "longer"))
     assert rows(folder) == rows(expected)
-    ours, theirs = (archive.load(path / checkpoint.LAST) for path in (folder, expected))
-    assert all(torch.equal(ours["state_dict"][key], value) for key, value in theirs["state_dict"].items())
-    assert (ours["settings"], ours["digests"], ours["origin"]) == (theirs["settings"], theirs["digests"], None)
+    ours, theirs = (checkpoint.load(path / checkpoint.LAST)["state_dict"] for path in (folder, expected))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert (folder / checkpoint.BEST).exists()
-    assert "--epochs 1: " in refused(2, *words, "--epochs", 1, "--root_dir", tmp_path / "short", *resume)
-    assert "--start_epoch: 0 there, 1 here" in refused(
-        2, *mine, "--start_epoch", 1, "--root_dir", tmp_path / "late", *resume
+    assert "has had 2 already" in refused(
+        2, *words, "--epochs", 1, "--resume", whole / checkpoint.LAST, "--root_dir", tmp_path / "less"
     )
 
 
-def test_begun_from_weights(words: list[object], whole: Path, stopped: Path, tmp_path: Path) -> None:
-    torch.save(archive.load(whole / checkpoint.LAST)["state_dict"], tmp_path / "weights.pth")
-    resume = ["--resume", tmp_path / "weights.pth"]
-    assert "begun from random weights there" in refused(1, *words, "--root_dir", stopped.parent, *resume)
-    mine = [*words, "--root_dir", tmp_path / "new", *resume]
-    first = partial(forked.send_at, "utils.train:draw", signal.SIGTERM, call=2)
-    code, said = forked.start(*mine, first=first).end()
-    assert code == 143
-    assert "the optimiser starts anew at epoch 0" in said
-    assert "continuing in epoch 0, step 2" in finish(*mine)
-    (folder,) = (tmp_path / "new").iterdir()
-    origin = json.loads((folder / "config.json").read_text())["origin"]
-    assert origin == archive.load(folder / checkpoint.BEST)["origin"]
-    assert len(origin) == 32
-    assert "begun from weights" in refused(1, *mine[:-2])
+def test_initialised_from_weights(words: list[object], whole: Path, tmp_path: Path) -> None:
+    """Weights alone start a run, and are a part of what it is."""
+    weights = checkpoint.load(whole / checkpoint.LAST)["state_dict"]
+    torch.save(weights, tmp_path / "weights.pth")
+    mine = [*words, "--root_dir", tmp_path / "runs"]
+    assert "the optimiser starts anew at epoch 0" in finish(*mine, "--resume", tmp_path / "weights.pth")
+    said = refused(1, *mine)
+    assert "initialised from weights " in said
+    assert "random weights here" in said
 
 
-@pytest.mark.parametrize(("split", "name"), [("train", "training"), ("test", "test")])
+@pytest.mark.parametrize("split", ["train", "test"])
 def test_one_pixel_makes_another_run(
-    words: list[object], whole: Path, stopped: Path, tree: Path, tmp_path: Path, split: str, name: str
+    words: list[object], whole: Path, stopped: Path, tree: Path, tmp_path: Path, split: str
 ) -> None:
-    path = shutil.copytree(tree, tmp_path / "tree") / split / "dark" / "0.png"
-    with Image.open(path) as image:
-        image.putpixel((3, 4), (1, 2, 3))
-        image.save(path)
+    shutil.copytree(tree, tmp_path / "tree")
+    path = tmp_path / "tree" / split / "dark" / "0.png"
+    pixels = np.array(Image.open(path))
+    pixels[3, 4, 1] ^= 1
+    Image.fromarray(pixels).save(path)
+    name = {"train": "training", "test": "test"}[split]
     for folder in (whole, stopped):
-        more = ["--data_dir", tmp_path / "tree", "--root_dir", folder.parent]
-        assert f"other {name} images: digest " in refused(1, *words, *more)
-    (stopped / "config.json").unlink()
-    assert f"other {name} images: digest " in refused(1, *words, *more)
-    assert f"other {name} images: digest " in refused(
-        2, *words, *more, "--resume", whole / checkpoint.LAST, "--add_name", "longer"
-    )
-
-
-def as_before_digests(folder: Path) -> None:
-    """Make a folder one of the versions that kept no digests, and wrote down the flag of a limit that was none."""
-    config = json.loads((folder / "config.json").read_text())
-    states = {name: archive.load(folder / name) for name in (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST)}
-    for content in (config, *states.values()):
-        for name in ("digests", "origin", "image_size"):
-            content.pop(name, None)
-        content["settings"]["labels_per_class"] = 5000
-    (folder / "config.json").write_text(json.dumps(config))
-    for name, state in states.items():
-        checkpoint.save(state, folder)
-        os.replace(folder / checkpoint.LAST, folder / name) if name != checkpoint.LAST else None
-    checkpoint.save(states[checkpoint.LAST], folder)
-
-
-def test_a_run_of_an_older_version_goes_on(words: list[object], whole: Path, stopped: Path, tmp_path: Path) -> None:
-    as_before_digests(stopped)
-    said = finish(*words, "--root_dir", stopped.parent)
-    assert said.count("is of an older version, which kept no digest") >= 1
-    assert_same(stopped, whole)
-    finished = shutil.copytree(whole, tmp_path / whole.name)
-    as_before_digests(finished)
-    assert "is finished" in finish(*words, "--root_dir", tmp_path)
-    assert "--decay" in refused(2, *words, "--root_dir", tmp_path, "--decay", 0.5)
-
-
-def test_a_result_of_another_run_does_not_finish_this_one(words: list[object], whole: Path, stopped: Path) -> None:
-    shutil.copy(whole / "result.json", stopped)
-    said = finish(*words, "--root_dir", stopped.parent)
-    assert "is not of this run" in said
-    assert "continuing in epoch 1" in said
-    assert_same(stopped, whole)
-
-
-@pytest.mark.parametrize("name", ["config.json", "metrics.csv"])
-def test_a_finished_run_without_a_record(words: list[object], whole: Path, tmp_path: Path, name: str) -> None:
-    """It hides no other settings, and what is missing is written anew."""
-    folder = shutil.copytree(whole, tmp_path / whole.name)
-    (folder / name).unlink()
-    assert "--decay: 0.0001 there, 0.5 here" in refused(2, *words, "--root_dir", tmp_path, "--decay", 0.5)
-    assert "is finished" in finish(*words, "--root_dir", tmp_path)
-    assert_same(folder, whole)
-    assert json.loads((folder / "config.json").read_text())["settings"]["decay"] == 0.0001
-    for path in (folder / "config.json", *folder.glob("*.tar")):
-        path.unlink()
-    assert "neither a config.json nor a checkpoint" in refused(1, *words, "--root_dir", tmp_path)
-
-
-def test_links_to_a_disk_that_is_not_mounted(words: list[object], stopped: Path, tmp_path: Path, whole: Path) -> None:
-    (tmp_path / "scratch").mkdir()
-    for path in stopped.glob("*.tar"):
-        path.rename(tmp_path / "scratch" / path.name)
-        path.symlink_to(tmp_path / "scratch" / path.name)
-    (tmp_path / "scratch").rename(tmp_path / "away")
-    assert "is its disk mounted" in refused(1, *words, "--root_dir", stopped.parent)
-    (tmp_path / "away").rename(tmp_path / "scratch")
-    finish(*words, "--root_dir", stopped.parent)
-    assert_same(stopped, whole)
-
-
-@pytest.mark.parametrize("name", [".lock", "result.json", "config.json", "log.txt", checkpoint.LAST])
-def test_a_pipe_in_place_of_a_file(words: list[object], stopped: Path, name: str) -> None:
-    """Reading it would wait for ever."""
-    (stopped / name).unlink(missing_ok=True)
-    os.mkfifo(stopped / name)
-    _, said = forked.start(*words, "--root_dir", stopped.parent).end()
-    assert "Traceback" not in said
-
-
-def test_slurm_may_count_restarts_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value, expected in (("", False), ("0", False), ("2", True), ("many", False)):
-        monkeypatch.setenv("SLURM_RESTART_COUNT", value)
-        assert runs.is_restarted() == expected
+        said = refused(1, *words, "--data_dir", tmp_path / "tree", "--root_dir", folder.parent)
+        assert f"other {name} images: digest " in said
 
 
 def test_a_short_run_is_saved_once(words: list[object], tmp_path: Path, whole: Path) -> None:
@@ -725,35 +526,38 @@ def test_the_best_epoch_is_the_validation_sets(words: list[object], tmp_path: Pa
     best = max(found, key=lambda row: float(row["valid_top1"]))
     assert (result["best_epoch"], result["best_top1"]) == (int(best["epoch"]), float(best["test_top1"]))
     assert float(found[-1]["best_top1"]) == result["best_top1"]
-    assert archive.load(folder / checkpoint.BEST)["progress"]["epoch"] == result["best_epoch"] + 1
+    assert checkpoint.load(folder / checkpoint.BEST)["progress"]["epoch"] == result["best_epoch"] + 1
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"epoch": -1},
-        {"epoch": True},
-        {"step": 2**40},
-        {"step": 5},
-        {"seconds": "long"},
-        {"sums": [0.0, float("nan"), 0.0, 0.0]},
-        {"sums": "four"},
-        {"rows": [{}]},
-        {"rows": "many"},
-        {"epoch": 7},
-        {"test_top1": None},
-        {"test_top1": [90.0] * 100},
-        {"train_loss": float("inf")},
-    ],
-)
-def test_a_training_state_with_nonsense(words: list[object], stopped: Path, tmp_path: Path, change: Any) -> None:
-    state = archive.load(stopped / checkpoint.LAST)
-    progress = state["progress"]
-    (progress["rows"][0] if change.keys() <= progress["rows"][0].keys() - {"epoch"} else progress).update(change)
-    del state["sage"]
-    torch.save(state, tmp_path / "odd.pth")
-    said = refused(1, *words, "--root_dir", tmp_path / "new", "--resume", tmp_path / "odd.pth")
-    assert "does not hold what it should" in said
+def test_mixed_images_are_of_the_first_epoch_and_the_last(words: list[object], tmp_path: Path) -> None:
+    """Of a run that is stopped in between."""
+    mine = [*words, "--root_dir", tmp_path, "--epochs", 3]
+    with pytest.MonkeyPatch.context() as patch:
+        without_pictures(patch.setattr)
+        signal_at(patch, "utils.train:step_generator", signal.SIGTERM, call=7)
+        main(*mine, check=143)
+    finish(*mine)
+    (folder,) = tmp_path.iterdir()
+    assert {path.name: path.read_text() for path in folder.glob("mixed*")} == {
+        "mixed.png": "Vanilla, epoch 0",
+        "mixed_last.png": "Vanilla, epoch 2",
+    }
+
+
+def test_pictures_change_no_number(
+    words: list[object], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    finish(*words, "--root_dir", tmp_path)
+    assert_same(tmp_path / whole.name, whole)
+    with Image.open(tmp_path / whole.name / "mixed.png") as image:
+        image.load()
+
+
+@pytest.mark.parametrize("value", ["", "0", "2", "many"])
+def test_slurm_may_count_restarts_in_vain(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", value)
+    assert run.is_restarted() == (value == "2")
 
 
 # ------------------------------------------------------------------------------------------------ numbers that go wrong
@@ -761,27 +565,36 @@ def test_a_training_state_with_nonsense(words: list[object], stopped: Path, tmp_
 
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_that_is_not_finite(words: list[object], tmp_path: Path, method: str) -> None:
-    mine = [*words, "--root_dir", tmp_path, "--method", method, "--learning_rate", 1e18, "--epochs", 20]
-    code, said = forked.start(*mine).end()
-    assert code == 1, said
-    assert_one_line(said)
+    said = refused(1, *words, "--root_dir", tmp_path, "--method", method, "--learning_rate", 1e18, "--epochs", 20)
     assert "not finite in epoch 0, step" in said
     assert f"({method}, learning rate 1e+18). Try a smaller --learning_rate" in said
     for path in tmp_path.glob("*/*.tar"):
-        assert all(value.isfinite().all() for value in archive.load(path)["state_dict"].values())
+        assert all(value.isfinite().all() for value in checkpoint.load(path)["state_dict"].values())
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "comix"])
-def test_a_dead_network_is_stopped(words: list[object], tmp_path: Path, method: str) -> None:
+def test_a_dead_network_is_stopped(
+    words: list[object], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before anything is saved over the last good checkpoint. Co-Mixup's clean pass has the cross-entropy, whose
     gradient does not vanish where the output is saturated."""
-    mine = [*words, "--root_dir", tmp_path, "--method", method]
-    code, said = forked.start(*mine, first=forked.saturate).end()
-    assert code == 1, said
-    assert_one_line(said)
+    saturate(monkeypatch)
+    said = refused(1, *words, "--root_dir", tmp_path, "--method", method)
     assert "the network is dead in epoch 0: every gradient of the last batch is exactly 0, at a loss of " in said
     assert f"where equal probabilities have 0.6931 ({method}, learning rate 0.05)" in said
     assert not list(tmp_path.glob("*/*.tar"))
+
+
+def saturate(patch: pytest.MonkeyPatch) -> None:
+    """The network gets so large a bias that no gradient is left."""
+    rest = train.rest_of_epoch
+
+    def saturated(one: Any) -> Iterator[Any]:
+        with torch.no_grad():
+            one.model.linear.bias[0] = 1e4
+        return rest(one)
+
+    patch.setattr(train, "rest_of_epoch", saturated)
 
 
 def is_dead(logits: Tensor, gradient: float = 0) -> bool:
@@ -794,11 +607,11 @@ def is_dead(logits: Tensor, gradient: float = 0) -> bool:
     method = build_method("vanilla", "cifar10", classes)
     images, labels = torch.zeros(count, 3, 8, 8), torch.zeros(count, dtype=torch.int64)
     step = method.step(lambda _: logits, images, labels, None)  # type: ignore[arg-type]
-    run: Any = SimpleNamespace(
+    one: Any = SimpleNamespace(
         model=model, device=torch.device("cpu"), method=method, training=Training(), progress=Progress()
     )
     try:
-        train.refuse_dead_network(run, step)
+        train.refuse_dead_network(one, step)
     except UserError as error:
         return str(error).startswith("the network is dead in epoch 0: ")
     return False
@@ -853,8 +666,6 @@ class Probe(nn.Module):
 @pytest.mark.parametrize("pixel", [False, True])
 @pytest.mark.parametrize("batch", [1, 2, 6])
 def test_no_saliency_one_pixel_and_batches_of_one(method: str, pixel: bool, batch: int) -> None:
-    import numpy as np
-
     torch.manual_seed(batch)
     model, chosen = Probe(pixel), build_method(method, "cifar10", 5)
     for seed in range(4):
@@ -863,19 +674,19 @@ def test_no_saliency_one_pixel_and_batches_of_one(method: str, pixel: bool, batc
         step = chosen.step(model, torch.randn(batch, 3, 16, 16), torch.arange(batch) % 5, draws)
         step.loss.backward()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        given_back = [
+        mixed = step.mixed
+        for value in [
             step.loss,
             step.logits,
-            step.mixed.targets,
-            step.mixed.images,
-            step.mixed.mask,
-            *(step.mixed.saliency or ()),
+            mixed.targets,
+            mixed.images,
+            mixed.mask,
+            *(mixed.saliency or ()),
             *gradients,
-        ]
-        for value in given_back:
+        ]:
             assert value is None or value.isfinite().all()
-        if step.mixed.targets is not None:
-            torch.testing.assert_close(step.mixed.targets.sum(dim=1), torch.ones(batch))
+        if mixed.targets is not None:
+            torch.testing.assert_close(mixed.targets.sum(dim=1), torch.ones(batch))
 
 
 # ----------------------------------------------------------------------------------------------- arguments, checkpoints
@@ -896,9 +707,6 @@ VALUES = st.one_of(
 @settings(max_examples=400, deadline=None)
 @given(st.lists(st.one_of(st.sampled_from(FLAGS), VALUES), max_size=8))
 def test_any_words_are_parsed_or_refused_in_one_line(words: list[str]) -> None:
-    import io
-    from contextlib import redirect_stderr, redirect_stdout
-
     said, code = io.StringIO(), None
     try:
         with redirect_stderr(said), redirect_stdout(io.StringIO()):
@@ -922,14 +730,41 @@ def test_any_words_are_parsed_or_refused_in_one_line(words: list[str]) -> None:
         ("--seed 9223372036854775808", "--seed"),
         ("--valid_labels_per_class 15", "15"),
         ("--add_name a/b", "--add_name"),
+        ("--sync_bn True", "--sync_bn True needs GPUs"),
     ],
 )
 def test_combinations_are_refused_before_training(words: list[object], tmp_path: Path, more: str, message: str) -> None:
-    code, said = forked.start(*words, "--root_dir", tmp_path, *more.split()).end()
-    assert code in (1, 2)
+    done = main(*words, "--root_dir", tmp_path, *more.split(), check=None)
+    said = done.stdout + done.stderr
+    assert done.returncode in (1, 2)
     assert message in said
     assert_one_line(said)
     assert "Epoch" not in said
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--data_dir", "--root_dir"])
+def test_an_empty_path_is_refused(words: list[object], flag: str) -> None:
+    """An unset variable of a shell would train from random weights, on other images, or into another folder."""
+    assert f"{flag} is empty" in refused(2, *words, flag, "")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--schedule", 2, 9], "--epochs 2 ends before --schedule 2 9"),
+        (
+            ["--method", "cutmix", "--mix_schedule", "delayed"],
+            "--epochs 2 ends before --mix_scheduled_epoch 300: nothing is mixed",
+        ),
+    ],
+)
+def test_what_is_never_reached_is_a_warning(
+    words: list[object], tmp_path: Path, more: list[object], message: str
+) -> None:
+    gammas = ["--gammas", 0.1, 0.1] if "--schedule" in more else []
+    said = finish(*words, *more, *gammas, "--root_dir", tmp_path)
+    assert said.count("warning: ") == 1
+    assert message in said
 
 
 @pytest.mark.parametrize(
@@ -938,7 +773,6 @@ def test_combinations_are_refused_before_training(words: list[object], tmp_path:
         ("settings", 3),
         ("settings", {"arch": "unheard_of"}),
         ("settings", {"initial_channels": "many"}),
-        ("settings", {"dataset": ["--evaluate"]}),
         ("mean", "white"),
         ("classes", None),
         ("state_dict", [1]),
@@ -950,13 +784,12 @@ def test_combinations_are_refused_before_training(words: list[object], tmp_path:
     ],
 )
 def test_checkpoints_with_other_content(words: list[object], whole: Path, tmp_path: Path, key: str, value: Any) -> None:
-    state = archive.load(whole / checkpoint.LAST) | {key: value}
     path = tmp_path / "odd.pth"
-    torch.save({name: content for name, content in state.items() if name != "sage"}, path)
+    torch.save(checkpoint.load(whole / checkpoint.LAST) | {key: value}, path)
     for purpose in ("--evaluate",) if key in ("settings", "mean") else ("--root_dir", "--evaluate"):
         if (key, purpose) in (("optimizer", "--evaluate"), ("progress", "--evaluate")):
             continue
-        rest = [purpose, tmp_path / "runs"] if purpose == "--root_dir" else [purpose]
-        code, said = forked.start(*words[:4], *words[4:] * (purpose == "--root_dir"), "--resume", path, *rest).end()
-        assert code in (1, 2), said
-        assert_one_line(said)
+        rest = [*words[4:], "--root_dir", tmp_path / "runs"] if purpose == "--root_dir" else ["--evaluate"]
+        done = main(*words[:4], "--resume", path, *rest, check=None)
+        assert done.returncode in (1, 2), done
+        assert_one_line(done.stdout + done.stderr)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from utils.graph import WARM_UP, Captured, as_tensors
+from utils.device import WARM_UP, Captured, as_tensors
 
 from mixup import METHODS, build_method
 from mixup.base import Step

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -79,39 +76,10 @@ def test_other_settings_are_refused(sage_run: Path, tree: Path) -> None:
     assert "--epochs: 3 there, 4 here" in done.stderr
 
 
-def test_a_run_from_before_there_was_a_flag_goes_on(sage_run: Path, tree: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(sage_run, tmp_path / sage_run.name)
-    config = json.loads((folder / "config.json").read_text())
-    del config["settings"]["sync_bn"]
-    (folder / "config.json").write_text(json.dumps(config))
-    command = [*SMALL, *SAGE, "--data_dir", tree, "--root_dir", tmp_path, "--epochs", 3, "--schedule", 1, 2]
-    assert "is finished" in main(*command).stdout
-    done = main(*command, "--sync_bn", "True", check=2)
-    assert "--sync_bn: False there, True here" in done.stderr
-
-
 def test_evaluate_prints_the_test_numbers(sage_run: Path, tree: Path) -> None:
     done = main("--evaluate", "--resume", sage_run / "checkpoint.pth.tar", "--data_dir", tree, "--ngpu", 0)
     expected = f"**Test** Prec@1 {float(rows(sage_run)[-1]['test_top1']):.3f}"
     assert expected in done.stdout
-
-
-def test_evaluate_names_other_test_images(sage_run: Path, tree: Path, tmp_path: Path) -> None:
-    """Images of another size are refused, unless a size is given; others of that size are evaluated with a warning."""
-    path = sage_run / "checkpoint.pth.tar"
-    for side in (32, 96):
-        for split in ("train", "test"):
-            for name in ("dark", "light"):
-                folder = tmp_path / str(side) / split / name
-                folder.mkdir(parents=True)
-                Image.new("RGB", (side, side), (90, 60, 30)).save(folder / "0.png")
-    words = ["--evaluate", "--resume", path, "--dataset", "folder", "--ngpu", 0, "--data_dir"]
-    assert "is not the one" not in main(*words, tree).stdout
-    assert "warning: the test set of" in main(*words, tmp_path / "32").stdout
-    refused = main(*words, tmp_path / "96", check=1).stderr
-    assert "was trained on images of 32×32; those of" in refused
-    assert "96×96" in refused
-    main(*words, tmp_path / "96", "--image_size", 32)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -223,10 +191,9 @@ def test_momentum_takes_the_layout_of_the_weights(tree: Path, tmp_path: Path) ->
     state = copy.deepcopy(checkpoint.state_of(run))
     for held in state["optimizer"]["state"].values():
         held["momentum_buffer"] = held["momentum_buffer"].contiguous()
-    del state["sage"]  # as what has no checksum
     torch.save(state, tmp_path / "c.pth")
     again = program.make_run(args, data, torch.device("cpu"))
-    checkpoint.restore(again, checkpoint.read_resume(again, args.resume))
+    checkpoint.restore(again, args.resume, checkpoint.read_resume(args.resume)[0])
     for before, after in zip(run.model.parameters(), again.model.parameters(), strict=True):
         after.grad = before.grad
     for one in (run, again):
@@ -235,65 +202,55 @@ def test_momentum_takes_the_layout_of_the_weights(tree: Path, tmp_path: Path) ->
         assert torch.equal(before, after)
 
 
-def test_ctrl_c_during_the_imports_ends_without_a_traceback(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
-    environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "main.py"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGINT
-    assert done.stderr == ""
-
-
-def program_with(*interpreter: str, stdout: int = subprocess.PIPE, **environment: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, *interpreter, "main.py", "--help"]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT | environment, stdout=stdout, stderr=subprocess.PIPE, close_fds=True
-    )
-
-
-def test_without_pytorch_one_line_says_what_to_do() -> None:
-    _, said = program_with("-S").communicate()
-    assert said == b"error: this Python has no PyTorch; enter the environment first: source .venv/bin/activate\n"
-
-
-def test_help_on_a_terminal_without_greek_and_to_a_reader_who_leaves() -> None:
-    said, error = program_with(PYTHONIOENCODING="ascii").communicate()
-    assert (b"--method" in said, error) == (True, b"")
-    read, write = os.pipe()
-    os.close(read)
-    process = program_with(stdout=write)
-    os.close(write)
-    assert process.communicate()[1] == b""
-    assert process.returncode == 0
-
-
-def test_a_closed_stderr_stops_nothing(tree: Path, tmp_path: Path) -> None:
-    words = [*SMALL, "--data_dir", tree, "--root_dir", tmp_path, "--epochs", 1, "--schedule", 1, "--gammas", 0.1]
-    command = shlex.join([sys.executable, "main.py", *map(str, words)])
-    done = subprocess.run(f"exec {command} 2>&-", shell=True, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE)
-    assert done.returncode == 0
-    assert b"final 10 epoch acc" in done.stdout
-
-
 def test_home_and_other_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     args, _ = options.parse(["--root_dir=~/runs", "--data_dir", "~/data", "--resume=~/x.pth"])
     assert (args.root_dir, args.data_dir, args.resume) == ("/home/me/runs", "/home/me/data", "/home/me/x.pth")
 
 
-def test_waiting_for_the_device_at_the_end_of_an_epoch_counts(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A GPU still works when the last batch has been queued."""
-    settle = train.Meter.settle
-    monkeypatch.setattr(train.Meter, "settle", lambda *args: (time.sleep(2), settle(*args)))
-    args, given = options.parse([*SMALL, "--data_dir", str(tree), "--initial_channels", "2", "--epochs", "1"])
-    run = program.make_run(args, options.load_images(args, given), torch.device("cpu"))
-    step = train.step_taker(run.method, run.model, run.optimizer, run.device, False)
-    assert train.train_epoch(run, step)
-    assert run.progress.seconds > 2
-
-
 def test_a_checkpoints_settings_may_begin_with_a_dash(tmp_path: Path) -> None:
     args, given = options.parse([])
     options.adopt(args, given, {"add_name": "-x", "schedule": [3, 5], "fast": True})
     assert (args.add_name, args.schedule, args.fast) == ("-x", [3, 5], True)
+
+
+def test_help_on_a_terminal_without_greek() -> None:
+    done = subprocess.run(
+        [sys.executable, "main.py", "--help"], cwd=ROOT, env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+    )  # fmt: skip
+    assert (b"--method" in done.stdout, done.stderr) == (True, b"")
+
+
+def test_waiting_for_the_device_at_the_end_of_an_epoch_counts(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU still works when the last batch has been queued."""
+    args, given = options.parse([*SMALL, "--data_dir", str(tree), "--initial_channels", "2", "--epochs", "1"])
+    run = program.make_run(args, options.load_images(args, given), torch.device("cpu"))
+    read = train.Meter.read
+    monkeypatch.setattr(train.Meter, "read", lambda meter: time.sleep(0.5) or read(meter))
+    with train.Meter(run) as meter:
+        meter.settle()
+    assert run.progress.seconds > 0.5
+
+
+def test_evaluate_reads_images_at_the_networks_size(sage_run: Path, tree: Path, tmp_path: Path) -> None:
+    """Images of another size are brought to it; other images than the run's are a warning."""
+    path = sage_run / "checkpoint.pth.tar"
+    for split in ("train", "test"):
+        for name in ("dark", "light"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (96, 64), (90, 60, 30)).save(folder / "0.png")
+    words = ["--evaluate", "--resume", path, "--dataset", "folder", "--ngpu", 0, "--data_dir"]
+    assert "warning" not in main(*words, tree).stdout
+    assert "warning: the test images of" in main(*words, tmp_path).stdout
+    args, given = options.parse([str(word) for word in [*words, tmp_path]])
+    _, data, _ = checkpoint.network_and_images(args, given)
+    assert data.image_size == (32, 32)
+
+
+@pytest.mark.parametrize("flag", [["--arch", "preactresnet34"], ["--initial_channels", 8], ["--dropout", "True"]])
+def test_a_flag_that_the_checkpoint_overrules_is_refused(sage_run: Path, tree: Path, flag: list[object]) -> None:
+    done = main("--evaluate", "--resume", sage_run / "checkpoint.pth.tar", "--data_dir", tree, *flag, check=2)
+    assert f"{flag[0]} {flag[1]}: " in done.stderr
+    assert "was trained with" in done.stderr

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from utils.graph import as_tensors
-from utils.runs import Run
+from utils.device import as_tensors
+from utils.run import Run
 
 from load_data import NORMALISATION, Data, Split
 from main import make_run

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import os
 import pickle
 import re
@@ -97,14 +98,15 @@ def write(state: dict[str, Any], folder: Path, best: dict[str, Any] | None = Non
     Killed anywhere in here, the folder holds the old last checkpoint or the new one, and never a last checkpoint that
     is ahead of the best one. Raises ``OSError`` with nothing half-written.
     """
-    if best is not None:
-        with atomic_write(folder / BEST) as file:
-            torch.save(best, file)
-    with atomic_write(folder / LAST) as file:
-        torch.save(state, file)
-        file.flush()
-        if (folder / LAST).exists():
-            link(folder / LAST, folder / PREVIOUS)
+    for name, content in ((BEST, best), (LAST, state)):
+        if content is not None:
+            archive = io.BytesIO()  # PyTorch's own writer tells a full disk by a RuntimeError
+            torch.save(content, archive)
+            with atomic_write(folder / name) as file:
+                file.write(archive.getbuffer())
+                file.flush()
+                if name == LAST and (folder / LAST).exists():
+                    link(folder / LAST, folder / PREVIOUS)
 
 
 def state_of(run: Run) -> dict[str, Any]:
@@ -171,15 +173,17 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         DamagedCheckpoint: truncated or altered.
     """
     try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise UserError(f"checkpoint {path}: {error.strerror}") from error
+    try:
         if zipfile.is_zipfile(path) and (member := zipfile.ZipFile(path).testzip()):
             raise DamagedCheckpoint(f"checkpoint {path} is damaged: {member} is not what was written")
         state = restricted_load(path)
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"checkpoint {path}: {error.strerror or error}") from error
     except Exception as error:  # whatever a damaged file, or one that is no checkpoint, makes of the loader
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = str(error).split(". ")[0].split("\n")[0] or type(error).__name__
         raise DamagedCheckpoint(f"checkpoint {path} cannot be read, damaged or no checkpoint: {reason}") from error
     if not isinstance(state, dict):
         raise UserError(f"checkpoint {path} holds a {type(state).__name__}, not a training state")
@@ -463,6 +467,8 @@ def about_of(state: dict[str, Any], weights: dict[str, Tensor], path: str, given
     matrices = [value for value in weights.values() if value.ndim == 2]
     if not matrices:
         raise ValueError("it holds no classifier")
+    if "classes" in state and len(state["classes"]) != len(matrices[-1]):
+        raise ValueError("its classes are not those of its weights")
     return About(
         arch=found["arch"],
         num_classes=len(matrices[-1]),  # the last matrix is the classifier

@@ -166,6 +166,7 @@ class Leaves:
             if rows[-1][f"{name}_top1"] is not None:
                 log.info(line_of_scores(name.capitalize(), rows[-1], name))
         log.info(f"  {rows[-1]['seconds']:.1f} s, {rows[-1]['images_per_second']:.0f} images/s in training")
+        self.mixed.draw()
         if self.run.folder is None:
             return
         without_stopping(write_metrics, self.run.folder / "metrics.csv", rows)
