@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import served
-
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -25,9 +23,3 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     folder / f"{i}.png"
                 )
     return root
-
-
-@pytest.fixture(scope="session")
-def python() -> Path:
-    """A Python that starts in milliseconds, and draws no pictures."""
-    return served.python(served.SPARING)

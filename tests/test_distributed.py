@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from utils.run import Progress, Training
 
 from load_data import Data, Split
 from mixup import METHODS, build_method
 from models import build_model
-from tests import forked
-from tests.common import ENVIRONMENT, ROOT, SAGE, SMALL, load_fixed_weights, rows, weights
+from tests.common import ENVIRONMENT, ROOT, SAGE, SMALL, Done, load_fixed_weights, main, rows, weights
 from utils import distributed, train
 from utils.device import step_generator
 from utils.distributed import World
-from utils.errors import UserError
+from utils.errors import BadArguments, UserError
+from utils.run import Progress, Training
 
 IMAGES = 12
 UNEVEN = 11  # divides over neither 2 nor 4
@@ -48,7 +45,14 @@ def one_step(model: nn.Module, name: str, world: World, number: int = IMAGES) ->
     images, labels = (tensor[world.part(number)] for tensor in batch(number))
     method = build_method(name, "cifar10", 10, **({"update_ratio": 0.7, "rand_pos": 0.01} if name == "sage" else {}))
     draws = method.draw(step_generator(3, 0, 0, world.rank), len(images), 32, 32)
-    method.step(model, images, labels, draws).loss.backward()
+    run: Any = SimpleNamespace(
+        training=Training(batch_size=number),
+        data=SimpleNamespace(train=range(number)),
+        progress=Progress(),
+        world=world,
+    )
+    weight = train.weight_of(run, len(images)) if dist.is_initialized() else 1.0
+    (method.step(model, images, labels, draws).loss * weight).backward()
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -60,7 +64,7 @@ def is_dead(world: World, saturated: int) -> bool:
     torch.manual_seed(0)
     model, method = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), build_method("vanilla", "cifar10", 10)
     images, labels = (tensor[world.part(IMAGES)] for tensor in batch(IMAGES))
-    parallel = distributed.data_parallel(model, distributed.ImageWeight())
+    parallel = distributed.data_parallel(model)
     step = method.step(parallel, images * (1e6 if world.rank == saturated else 1), labels, None)
     step.loss.backward()
     run: Any = SimpleNamespace(
@@ -87,19 +91,13 @@ def work(rank: int, size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     world = World(rank, size, rank)
     found: dict[str, Any] = {}
-    weight = distributed.ImageWeight()
     for name in METHODS:
         model = network()
-        one_step(distributed.data_parallel(model, weight), name, world)
+        one_step(distributed.data_parallel(model), name, world)
         found[name] = gradients(model)
-    weight.value = len(range(UNEVEN)[world.part(UNEVEN)]) * size / UNEVEN
     model = network()
-    one_step(distributed.data_parallel(model, weight), "vanilla", world, UNEVEN)
+    one_step(distributed.data_parallel(model), "vanilla", world, UNEVEN)
     found["uneven"] = gradients(model)
-    model = distributed.synchronise_batch_norm(network())
-    one_step(distributed.data_parallel(model, weight), "vanilla", world, UNEVEN)
-    found["sync_bn"] = gradients(model)
-    found["sync_bn_buffers"] = dict(model.named_buffers())
     data = sample_data()
     found["evaluation"] = train.evaluate(network(), data.test, data, torch.device("cpu"), "test", world)
     found["is_dead"] = is_dead(world, saturated=0)
@@ -111,7 +109,6 @@ def work(rank: int, size: int, folder: str) -> None:
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("ranks")
-    forked.start_server()
     torch.multiprocessing.start_processes(
         work, (request.param, str(folder)), nprocs=request.param, start_method="forkserver"
     )
@@ -139,25 +136,6 @@ def test_ranks_give_the_gradients_of_one_process(ranks: SimpleNamespace, name: s
     assert_close(getattr(ranks, name), expected, 1e-5)
 
 
-def test_rate_of_a_resumed_run_counts_each_image_once() -> None:
-    """The first process holds the sums of all when it continues an epoch, and its own part's from there on."""
-    progress = Progress(epoch=1, step=3, seconds=2.0)
-    run: Any = SimpleNamespace(
-        training=Training(batch_size=100), data=sample_data(), progress=progress, world=World(0, 2)
-    )
-    assert train.line_of_batch(run, 7, [1.0, 30.0, 90.0, 250.0]).endswith(" 150 images/s")
-    progress.step = 7
-    assert train.line_of_batch(run, 7, [1.0, 30.0, 90.0, 450.0]).endswith(" 350 images/s")
-
-
-def test_synchronised_batch_norm_is_the_whole_batch(ranks: SimpleNamespace) -> None:
-    model = network()
-    one_step(model, "vanilla", World(), UNEVEN)
-    assert_close(ranks.sync_bn, gradients(model), 1e-4)
-    expected = {name: buffer.float() for name, buffer in model.named_buffers()}
-    assert_close({name: buffer.float() for name, buffer in ranks.sync_bn_buffers.items()}, expected, 1e-5)
-
-
 def test_evaluation_is_equal_to_the_last_bit(ranks: SimpleNamespace) -> None:
     torch.set_num_threads(1)
     data = sample_data()
@@ -182,33 +160,26 @@ def words(tree: Path) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def whole(python: Path, words: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(words: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two ranks that nothing happened to."""
     root = tmp_path_factory.mktemp("whole")
-    done = finish(start(python, 2, *words, "--root_dir", root))
-    assert done.code == 0, done.said
+    done = finish(torchrun(*words, "--root_dir", root))
+    assert done.returncode == 0, done.stdout
     (folder,) = root.iterdir()
     return folder
 
 
-class Done(NamedTuple):
-    """How a run ended, and all that its processes said."""
-
-    code: int
-    said: str
-
-
-def start(python: Path, size: int, *words: object, **options: object) -> subprocess.Popen[str]:
-    """main.py, by torchrun if there is more than one rank."""
+def torchrun(*words: object, program: object = "main.py", **options: object) -> subprocess.Popen[str]:
+    """A program on two ranks."""
     extra = [f"--{key}={value}" for key, value in options.items()]
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", *extra] if size > 1 else []
-    return spawn(python, *launch, "main.py", *words)
+    return spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *extra, program, *words)
 
 
 def spawn(*command: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [sys.executable, *map(str, command)],
+        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
 
 
 def finish(process: subprocess.Popen[str]) -> Done:
@@ -217,7 +188,7 @@ def finish(process: subprocess.Popen[str]) -> Done:
     except subprocess.TimeoutExpired:
         process.kill()
         raise
-    return Done(process.returncode, said)
+    return Done(process.returncode, said, "")
 
 
 def wait_for_an_epoch(process: subprocess.Popen[str], root: Path) -> None:
@@ -239,165 +210,98 @@ def assert_same_end(folder: Path, other: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_killed_rank_is_restarted_and_ends_where_it_should(
-    python: Path, words: list[object], whole: Path, tmp_path: Path
-) -> None:
-    process = start(python, 2, *words, "--root_dir", tmp_path, max_restarts=1)
+def test_a_killed_rank_is_restarted_and_ends_where_it_should(words: list[object], whole: Path, tmp_path: Path) -> None:
+    process = torchrun(*words, "--root_dir", tmp_path, max_restarts=1)
     wait_for_an_epoch(process, tmp_path)
     os.kill(ranks_below(tmp_path)[-1], signal.SIGKILL)
     done = finish(process)
-    assert done.code == 0, done.said
+    assert done.returncode == 0, done.stdout
     # torchrun tells of the failure it sees first: the killed one's, or the other's, which lost its connection
-    assert re.search(r"failed \(exitcode: (-9|1)\)", done.said)
-    assert "continuing in epoch" in done.said
+    assert re.search(r"failed \(exitcode: (-9|1)\)", done.stdout)
+    assert "continuing in epoch" in done.stdout
     assert_same_end(tmp_path / whole.name, whole)
 
 
-def test_a_signal_to_one_rank_stops_all_of_them(python: Path, words: list[object], whole: Path, tmp_path: Path) -> None:
-    process = start(python, 2, *words, "--root_dir", tmp_path)
+def test_a_signal_to_one_rank_stops_all_of_them(words: list[object], whole: Path, tmp_path: Path) -> None:
+    process = torchrun(*words, "--root_dir", tmp_path)
     wait_for_an_epoch(process, tmp_path)
     os.kill(ranks_below(tmp_path)[-1], signal.SIGTERM)
     done = finish(process)
-    assert done.code != 0
-    assert "stopped in epoch" in done.said
-    assert f"exitcode: {128 + signal.SIGTERM}" in done.said
-    done = finish(start(python, 2, *words, "--root_dir", tmp_path))
-    assert done.code == 0, done.said
-    assert "continuing in epoch" in done.said
+    assert done.returncode != 0
+    assert "stopped in epoch" in done.stdout
+    assert f"exitcode: {128 + signal.SIGTERM}" in done.stdout
+    done = finish(torchrun(*words, "--root_dir", tmp_path))
+    assert done.returncode == 0, done.stdout
+    assert "continuing in epoch" in done.stdout
     assert_same_end(tmp_path / whole.name, whole)
 
 
-def test_a_dead_network_stops_every_rank_with_one_line(python: Path, words: list[object], tmp_path: Path) -> None:
-    """The line is one process's to the last digit; what was saved after the epoch before stays."""
-    program, codes = tmp_path / "die.py", tmp_path / "codes"
-    codes.mkdir()
-    program.write_text(
-        "import os, sys, main\nfrom tests import forked\nforked.saturate(epoch=1)\n"
-        "try:\n    code = main.main(sys.argv[1:])\nexcept SystemExit as stop:\n    code = stop.code\n"
-        f"open({str(codes)!r} + '/' + os.environ.get('RANK', 'alone'), 'w').write(str(code))\nsys.exit(code)\n"
-    )
-    mine = [program, *words, "--method", "vanilla", "--root_dir"]
-    alone = [*mine, tmp_path / "alone", "--checkpoint_minutes", 60]  # a save would find it out before the epoch ends
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *mine, tmp_path / "ranks"]
-    lines = []
-    for command in (alone, ranks):
-        done = finish(spawn(python, *command))
-        assert done.code == 1, done.said
-        lines.append(re.findall("^error: .*", done.said, re.MULTILINE))
-    assert len(lines[0]) == 1
-    assert lines[0][0].startswith(
-        "error: the network is dead in epoch 1: every gradient of the last batch is exactly 0"
-    )
-    assert lines[1] == lines[0]
-    assert {path.name: path.read_text() for path in codes.iterdir()} == {"alone": "1", "0": "1", "1": "1"}
-    (folder,) = (tmp_path / "ranks").iterdir()
-    assert len(rows(folder)) == 1
-    progress = torch.load(folder / "checkpoint.pth.tar", weights_only=True)["progress"]
-    assert (progress["epoch"], progress["step"]) == (1, 0)
-    assert weights(folder)["linear.bias"].abs().max() < 10
-
-
-def test_one_command_starts_a_process_for_each_gpu(
-    python: Path, words: list[object], whole: Path, tmp_path: Path
-) -> None:
-    """``launch`` types the command again under torchrun; here its processes use the CPU."""
+def test_one_command_starts_a_process_for_each_gpu(words: list[object], whole: Path, tmp_path: Path) -> None:
+    """``launch`` types the command again under torchrun; here its processes use the CPU. One process alone then
+    continues the run."""
     program = tmp_path / "launch.py"
     program.write_text("import sys\nfrom utils import distributed\nsys.exit(distributed.launch(2, sys.argv[1:]))\n")
-    command = [python, program, "main.py", *words, "--root_dir", tmp_path]
-    process = spawn(*command)
+    process = subprocess.Popen(
+        [sys.executable, program, "main.py", *map(str, words), "--root_dir", tmp_path],
+        cwd=ROOT, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
     wait_for_an_epoch(process, tmp_path)
     process.terminate()
     done = finish(process)
-    assert done.code == 128 + signal.SIGTERM, done.said
-    assert "stopped in epoch" in done.said
-    done = finish(spawn(*command))
-    assert done.code == 0, done.said
-    assert_same_end(tmp_path / whole.name, whole)
+    assert done.returncode == 128 + signal.SIGTERM, done.stdout
+    assert "stopped in epoch" in done.stdout
+    before = rows(tmp_path / whole.name)
+    assert f"continuing in epoch {len(before)}" in main(*words, "--root_dir", tmp_path).stdout
+    assert rows(tmp_path / whole.name)[: len(before)] == before == rows(whole)[: len(before)]
 
 
-@pytest.mark.parametrize(
-    ("method", "first", "second"), [(name, *((4, 1) if i % 2 else (1, 4))) for i, name in enumerate(METHODS)]
-)
-def test_a_run_continues_on_another_number_of_ranks(
-    python: Path, tree: Path, tmp_path: Path, method: str, first: int, second: int
+DIE = """
+import os, sys
+import main
+from tests import test_faults
+import pytest
+test_faults.saturate(pytest.MonkeyPatch())
+try:
+    code = main.main(sys.argv[1:])
+except SystemExit as stop:
+    code = stop.code
+open(os.environ["CODES"] + os.environ["RANK"], "w").write(str(code))
+sys.exit(code)
+"""
+
+
+def test_a_dead_network_stops_every_rank_with_one_line(
+    words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [*SMALL, *STEADY, "--method", method, "--data_dir", tree, "--root_dir", tmp_path]
-    process = start(python, first, *words)
-    wait_for_an_epoch(process, tmp_path)
-    process.terminate()
-    assert finish(process).code != 0
-    (folder,) = tmp_path.iterdir()
-    assert not (folder / "result.json").exists()
-    before = rows(folder)
-    done = finish(start(python, second, *words))
-    assert done.code == 0, done.said
-    assert f"continuing in epoch {len(before)}" in done.said
-    after = rows(folder)
-    assert len(after) == 12
-    assert after[: len(before)] == before
-    assert json.loads((folder / "result.json").read_text())["epochs"] == 12
+    program = tmp_path / "die.py"
+    program.write_text(DIE)
+    monkeypatch.setitem(ENVIRONMENT, "CODES", f"{tmp_path}/code")
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(ROOT))
+    done = finish(torchrun(*words, "--method", "vanilla", "--root_dir", tmp_path / "ranks", program=program))
+    lines = re.findall("^error: .*", done.stdout, re.MULTILINE)
+    assert len(lines) == 1, done.stdout
+    assert lines[0].startswith("error: the network is dead in epoch 0: every gradient of the last batch is exactly 0")
+    assert [(tmp_path / f"code{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+    assert not list(tmp_path.glob("ranks/*/*.tar"))
 
 
-def test_a_batch_that_does_not_divide_is_refused(python: Path, tree: Path, tmp_path: Path) -> None:
-    done = finish(start(python, 2, *SMALL, "--data_dir", tree, "--root_dir", tmp_path, "--batch_size", 7))
-    assert done.code != 0
-    assert "--batch_size 7 does not divide over 2 processes" in done.said
-
-
-def test_several_gpus_without_one_go_on_with_a_warning(python: Path, tree: Path, tmp_path: Path) -> None:
-    if torch.cuda.device_count() > 1:
-        return
-    words = ["--ngpu", 2, "--data_dir", tree, "--root_dir", tmp_path, "--epochs", 1, "--schedule", 1, "--gammas", 0.1]
-    done = finish(start(python, 1, *SMALL, *words))
-    assert done.code == 0, done.said
-    assert "warning: --ngpu 2" in done.said
-
-
-# ----------------------------------------------------------------------------------------------------------- meeting
-
-
-def test_synchronised_batch_norm_keeps_bfloat16() -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        torch.manual_seed(0)
-        plain, norm = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-        x = torch.randn(25, 3, 28, 28)
-        expected = plain(x)
-        distributed.synchronise_batch_norm(norm)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = norm(x.bfloat16())
-        assert found.dtype == torch.bfloat16
-        torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.02)
-        torch.testing.assert_close(norm.running_var, plain.running_var, atol=1e-3, rtol=0)
-    finally:
-        dist.destroy_process_group()
-
-
-def test_a_meeting_ignores_the_words_of_dead_processes() -> None:
-    """Three attempts in one store, as torchrun keeps it; once rank 0 comes last, once first."""
-    store, size = dist.HashStore(), 3
-    store.set("present/1", "of a killed process")
-    names = []
-    for late in (0, 0, 2):
-        with ThreadPoolExecutor(size) as pool:
-
-            def meet(rank: int, late: int = late) -> str:
-                time.sleep(0.1 * (rank == late))
-                return distributed.agreed_name(store, World(rank, size, rank))
-
-            names.append(set(pool.map(meet, range(size))))
-    assert [len(found) for found in names] == [1, 1, 1]
-    assert len(set.union(*names)) == 3
+def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "TORCHELASTIC_RUN_ID": "none"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **how: None)
+    with pytest.raises(BadArguments, match="--batch_size 7 does not divide over 2 processes"):
+        distributed.join(0, 7)
 
 
 def test_processes_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = dist.TCPStore("localhost", 0, is_master=True)
-    monkeypatch.setattr(distributed, "MEETING", timedelta(seconds=0.2))
-    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": server.port, "TORCHELASTIC_USE_AGENT_STORE": True}
-    for rank in (0, 1):
-        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "none"}
-        for name, value in {**address, **place}.items():
-            monkeypatch.setenv(name, str(value))
-        with pytest.raises(UserError, match=f"process {rank} did not meet the other 1: .+"):
-            distributed.join(0, 100)
-    assert not dist.is_initialized()
+    def fail(*args: object, **how: object) -> None:
+        raise RuntimeError("Timed out after 1800 seconds waiting for clients. 1/2 clients joined.")
+
+    place = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "TORCHELASTIC_RUN_ID": "none"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    with pytest.raises(UserError, match="process 1 did not meet the other 1: Timed out"):
+        distributed.join(0, 100)
