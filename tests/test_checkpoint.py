@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from utils.unpickle import Inert
 
 from mixup.settings import NORMALISATION
 from models import ARCHITECTURES, build_model

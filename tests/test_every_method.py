@@ -17,7 +17,6 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor, nn
-from utils.run import Run
 
 import models
 from load_data import DATASETS, train_batches
@@ -25,6 +24,7 @@ from main import make_run
 from mixup import METHODS, build_method, gridcut
 from mixup.base import Method, Step
 from utils import options, train
+from utils.run import Run
 
 SOURCES = {  # the words that name each, but for its folder
     "cifar10 as published": "cifar10",

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from utils.device import WARM_UP, Captured, as_tensors
 
 from mixup import METHODS, build_method
 from mixup.base import Step
 from models import build_model
+from utils.device import WARM_UP, Captured, as_tensors
 
 CPU = torch.device("cpu")
 UNMIXED = build_method("vanilla", "cifar10", 2).unmixed(torch.zeros(1, 3, 2, 2), torch.zeros(1, dtype=torch.int64))

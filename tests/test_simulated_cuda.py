@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from utils.device import as_tensors
-from utils.run import Run
 
 from load_data import NORMALISATION, Data, Split
 from main import make_run
@@ -29,6 +27,8 @@ from mixup import METHODS, assignment, build_method, puzzle
 from models import build_model
 from models.preactresnet import PreActBlock, PreActResNet
 from utils import options
+from utils.device import as_tensors
+from utils.run import Run
 from utils.train import Meter, evaluate, step_taker, train_epoch
 
 GPU = torch.device("cuda", 0)
