@@ -190,7 +190,7 @@ def described(runs: pd.DataFrame) -> Iterator[str]:
     yield from dict.fromkeys(f"{row['label']}: {', '.join(words)}." for row in rows if (words := words_of(row)))
     devices = [f"{count} on {device}" for device, count in runs["device"].value_counts(sort=False).items()]
     dates = " to ".join(dict.fromkeys([runs["date"].min()[:10], runs["date"].max()[:10]]))
-    commits = ", ".join(commit[:10] for commit in runs["commit"].unique() if commit)
+    commits = ", ".join(commit[:10] + commit[40:] for commit in runs["commit"].unique() if commit)
     versions = ", ".join(sorted(runs["torch"].unique()))
     yield f"Runs: {'; '.join(devices)}. PyTorch {versions}; {dates}; commit {commits or 'unknown'}."
 

@@ -128,7 +128,7 @@ def value_of(name: str, cell: str, decimal: str) -> Any:
         return [float(word) for word in cell.replace(decimal, ".").split()]
     if name in NUMBERS or MEASURED.fullmatch(name):
         return float(cell.replace(decimal, ".")) if cell else math.nan
-    if name in (*TEXTS, *ABOUT) and name != "settings":
+    if (name in (*TEXTS, *ABOUT) and name != "settings") or name.endswith("_digest"):
         return str(pd.Timestamp(cell)) if name == "date" and cell else cell
     return plain(cell.replace(decimal, "."))
 
