@@ -22,6 +22,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from glob import glob
 from pathlib import Path
 
 import pandas as pd
@@ -299,8 +300,8 @@ def refreshed(path: Path) -> str:
     def part(marked: re.Match[str]) -> str:
         words = marked[2].split()
         wanted = [word for word in words if word in SECTIONS] or SECTIONS[:-1]
-        roots = [sorted(path.parent.glob(word)) or [path.parent / word] for word in words if word not in SECTIONS]
-        runs = tables.read_runs(root for found in roots for root in found)
+        named = [str(path.parent / word) for word in words if word not in SECTIONS]
+        runs = tables.read_runs(Path(root) for name in named for root in sorted(glob(name)) or [name])
         return f"{marked[1]}\n{in_markdown(runs, wanted)}\n{marked[4]}"
 
     return MARKED.sub(part, text)

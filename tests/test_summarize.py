@@ -214,7 +214,7 @@ def test_texts_are_refreshed(runs: Path, tmp_path: Path) -> None:
     text = tmp_path / "RESULTS.md"
     text.write_text(
         "Prose.\n\n<!-- summarize results/runs.csv accuracy settings -->\nold\n<!-- /summarize -->\n\nMore.\n\n"
-        "<!-- summarize results/runs.csv -->\n<!-- /summarize -->\n"
+        f"<!-- summarize {tmp_path}/res*/runs.csv -->\n<!-- /summarize -->\n"
     )
     assert summarize.main(["--refresh", str(text)]) == 0
     first = text.read_text()
