@@ -11,6 +11,7 @@ The same command given again continues a run that was stopped, from its last che
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,25 +103,34 @@ def make_run(
         fused=True if args.fast else None,
     )  # fmt: skip
     identity = Identity(runs.run_settings(args, data.limit), data.digests, origin)
-    training = options.pick(Training, args)
+    training = Training(**{name: getattr(args, name) for name in Training.__dataclass_fields__})
     return Run(training, identity, data, method, model, optimizer, device, world, folder, Progress(args.start_epoch))
 
 
 def refuse_sizes(args: argparse.Namespace, data: Data, method: Method, model: nn.Module, world: World) -> None:
     """Raise ``BadArguments`` where batches of this size cannot be made, or images of this size not be mixed."""
-    images, size = len(data.train), args.batch_size
+    images, size, (height, width) = len(data.train), args.batch_size, data.image_size
+    hint = "; --image_size brings images to another size" if args.dataset == "folder" else ""
     if size > images:
         raise BadArguments(f"--batch_size {size} is above the {images} training images")
-    last = images % size
-    if 0 < last < world.size:
+    last = images % size or size
+    if last < world.size:
         raise BadArguments(
             f"--batch_size {size} leaves a last batch of {last} images for {world.size} processes; change it"
         )
     try:
-        method.draw(np.random.default_rng(0), 1, *data.image_size)
+        method.draw(np.random.default_rng(0), 1, height, width)
     except ValueError as error:
-        hint = "; --image_size brings images to another size" if args.dataset == "folder" else ""
         raise BadArguments(f"{error}{hint}") from error
+    if last // world.size == 1:
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                copy.deepcopy(model).train()(torch.zeros(1, 3, height, width))
+        except ValueError as error:
+            raise BadArguments(
+                f"--batch_size {size} leaves a batch of one image, which {args.arch} cannot normalise at "
+                f"{height}×{width} pixels; change it{hint}"
+            ) from error
 
 
 def evaluate(args: argparse.Namespace, given: set[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,21 +159,7 @@ def test_bad_folder_costs_one_line(tmp_path: Path) -> None:
 
 
 def test_no_gpu_is_a_warning_and_log_off_writes_nothing(tree: Path, tmp_path: Path) -> None:
-    words = [
-        *SMALL[:-4],
-        "--learning_rate",
-        0.05,
-        "--ngpu",
-        1,
-        "--log_off",
-        "True",
-        "--epochs",
-        1,
-        "--schedule",
-        1,
-        "--gammas",
-        0.1,
-    ]
+    words = [*SMALL, "--ngpu", 1, "--log_off", "True", "--epochs", 1, "--schedule", 1, "--gammas", 0.1]
     done = main(*words, "--data_dir", tree, "--root_dir", tmp_path / "runs")
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         assert "warning: --ngpu 1" in done.stdout
@@ -254,3 +241,19 @@ def test_a_flag_that_the_checkpoint_overrules_is_refused(sage_run: Path, tree: P
     done = main("--evaluate", "--resume", sage_run / "checkpoint.pth.tar", "--data_dir", tree, *flag, check=2)
     assert f"{flag[0]} {flag[1]}: " in done.stderr
     assert "was trained with" in done.stderr
+
+
+def test_evaluate_needs_the_test_split_alone(sage_run: Path, tree: Path, tmp_path: Path) -> None:
+    shutil.copytree(tree / "test", tmp_path / "test")
+    done = main("--evaluate", "--resume", sage_run / "checkpoint.pth.tar", "--data_dir", tmp_path, "--ngpu", 0)
+    assert f"**Test** Prec@1 {float(rows(sage_run)[-1]['test_top1']):.3f}" in done.stdout
+    assert "warning" not in done.stdout + done.stderr
+
+
+def test_a_batch_of_one_image_is_refused_before_training(tree: Path, tmp_path: Path) -> None:
+    """Where a network ends in features of one pixel, whose statistics are those of the batch alone."""
+    words = [*SMALL, "--dataset", "folder", "--data_dir", tree, "--batch_size", 29, "--root_dir", tmp_path]
+    done = main(*words, "--image_size", 8, check=2)
+    assert "--batch_size 29 leaves a batch of one image" in done.stderr
+    assert "--image_size" in done.stderr
+    main(*words, "--image_size", 16, "--epochs", 1)

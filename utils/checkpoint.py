@@ -24,7 +24,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from load_data import IMAGE_SIZES, Data, steps_per_epoch, stride_of
+from load_data import IMAGE_SIZES, Data, stride_of
 from mixup.settings import NORMALISATION, Colour
 from models import build_model
 
@@ -270,8 +270,6 @@ def restore(run: Run, resume: str, resumed: dict[str, Any] | None) -> None:
     with well_formed(source):
         restore_optimizer(run.optimizer, state["optimizer"])
         run.progress.move_to(state["progress"])
-        if run.progress.step > steps_per_epoch(len(run.data.train), run.training.batch_size):
-            raise ValueError(f"step {run.progress.step} is beyond the end of an epoch")
     if run.progress.epoch > run.training.epochs:
         raise BadArguments(f"--epochs {run.training.epochs}: {source} has had {run.progress.epoch} already")
     if run.folder and run.progress.rows:
@@ -371,30 +369,18 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path,
 
 @dataclass(frozen=True)
 class About:
-    """What a network was trained on; None where neither the file nor the caller says so.
+    """What a network was trained on; None where neither the file nor the caller says so."""
 
-    Attributes:
-        arch: as ``models.build_model`` takes it.
-        num_classes: K.
-        classes: their K names, in the order of the logits.
-        dataset: as --dataset names it.
-        image_size: height and width in pixels.
-        mean, std: per channel, of pixels in [0, 1].
-        settings: of the run, by flag name; empty for a published file.
-        epochs: how many it was trained.
-        digests: of the training and test images, under "train" and "test".
-    """
-
-    arch: str
+    arch: str  # as ``models.build_model`` takes it
     num_classes: int
-    classes: list[str] | None
-    dataset: str | None
-    image_size: tuple[int, int]
-    mean: Colour
+    classes: list[str] | None  # their names, in the order of the logits
+    dataset: str | None  # as --dataset names it
+    image_size: tuple[int, int]  # height and width in pixels
+    mean: Colour  # per channel, of pixels in [0, 1], as std
     std: Colour
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # of the run, by flag name; empty for a published file
     epochs: int | None
-    digests: dict[str, str] | None
+    digests: dict[str, str] | None  # of the images, under "train" and "test"
 
 
 class PixelNetwork(nn.Module):
@@ -452,13 +438,8 @@ def about_of(state: dict[str, Any], weights: dict[str, Tensor], path: str, given
     settings = dict(state.get("settings", {}))
     dataset = given.get("dataset") or settings.get("dataset")
     mean, std = NORMALISATION.get(str(dataset), (None, None))
-    usual: dict[str, Any] = {
-        "arch": settings.get("arch"),
-        "image_size": IMAGE_SIZES.get(str(dataset)),
-        "mean": mean,
-        "std": std,
-    }
-    found = {name: given.get(name) or state.get(name) or value for name, value in usual.items()}
+    usual = {"arch": settings.get("arch"), "image_size": IMAGE_SIZES.get(str(dataset)), "mean": mean, "std": std}
+    found: dict[str, Any] = {name: given.get(name) or state.get(name) or value for name, value in usual.items()}
     if missing := [name for name, value in found.items() if value is None]:
         raise UserError(
             f"checkpoint {path} does not say its network's {', '.join(missing)}; name what is missing (a published "

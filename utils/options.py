@@ -9,8 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from load_data import DATASETS, Data, load
 from mixup import METHODS, all_settings, settings_for
@@ -22,22 +21,12 @@ from .errors import BadArguments
 log = logging.getLogger("sage")
 
 # What may differ between two calls that belong to one run.
-NOT_PART_OF_A_RUN = frozenset(
-    [
-        "data_dir",
-        "root_dir",
-        "resume",
-        "evaluate",
-        "overwrite",
-        "checkpoint_minutes",
-        "print_freq",
-        "ngpu",
-        "workers",
-        "mp",
-        "log_off",
-        "job_id",
-    ]
-)
+# fmt: off
+NOT_PART_OF_A_RUN = frozenset([
+    "data_dir", "root_dir", "resume", "evaluate", "overwrite", "checkpoint_minutes", "print_freq", "ngpu", "workers",
+    "mp", "log_off", "job_id",
+])
+# fmt: on
 
 
 class Parser(argparse.ArgumentParser):
@@ -251,14 +240,6 @@ def adopt(args: argparse.Namespace, given: set[str], held: dict[str, Any]) -> No
         elif value is not None:
             arguments += [f"--{name}", *map(str, value)] if isinstance(value, list | tuple) else [f"--{name}={value}"]
     make_parser().parse_args(arguments, namespace=args)
-
-
-T = TypeVar("T")
-
-
-def pick(kind: type[T], args: argparse.Namespace) -> T:
-    """A dataclass whose fields are named like flags, with the flags' values."""
-    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})  # type: ignore[arg-type]
 
 
 def load_images(args: argparse.Namespace, given: set[str], **how: Any) -> Data:
