@@ -23,14 +23,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import http.client
+import io
 import os
 import shutil
+import socket
 import sys
 import tarfile
 import tempfile
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -41,12 +42,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
-from tqdm import tqdm
 
 from mixup.base import to_device
 from mixup.settings import NORMALISATION, Colour
 from utils.errors import BadArguments, UserError
-from utils.files import atomic_write
 from utils.images import TINY_ARCHIVE, Reading, load_tree, one_line, pixel_digest, split_folders
 
 
@@ -251,16 +250,14 @@ def torchvision_files(dataset: str, folder: str, reading: Reading) -> Found:
     kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
     if os.path.basename(folder) == kind.base_folder:
         folder = os.path.dirname(folder)
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            train = _opened(kind, folder) or kind(_unpacked(kind, folder, scratch))
-            test = kind(train.root, train=False)
-        except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
-            raise UserError(
-                f"{dataset} is not in {folder!r} and could not be downloaded ({one_line(error)}): put {kind.filename} "
-                f"(md5 {kind.tgz_md5}, from {kind.url}) there, or its unpacked folder {kind.base_folder}, "
-                "or an image tree train/<class>/, test/<class>/"
-            ) from None
+    try:
+        train, test = _cifar(kind, folder)
+    except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
+        raise UserError(
+            f"{dataset} is not in {folder!r} and could not be downloaded ({one_line(error)}): put {kind.filename} "
+            f"(md5 {kind.tgz_md5}, from {kind.url}) there, or its unpacked folder {kind.base_folder}, "
+            "or an image tree train/<class>/, test/<class>/"
+        ) from None
     splits = {
         name: Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
         for name, part in (("train", train), ("test", test))
@@ -268,50 +265,43 @@ def torchvision_files(dataset: str, folder: str, reading: Reading) -> Found:
     return Found(f"torchvision's files in {_printable(folder)}", list(train.classes), splits, {}, {})
 
 
-def _opened(kind: Any, folder: str) -> Any:
-    """torchvision's training set; None where it is not there, or not with the right checksums."""
-    with suppress(RuntimeError):
-        return kind(folder)
+def _cifar(kind: Any, folder: str) -> tuple[Any, Any]:
+    """torchvision's training and test set. Where they are missing, one process downloads and unpacks them in a
+    temporary folder and moves them to ``folder``, if that may be written; others wait."""
 
+    def opened(where: str) -> tuple[Any, Any]:
+        return kind(where), kind(where, train=False)
 
-def _unpacked(kind: Any, folder: str, scratch: str) -> str:
-    """The folder in which CIFAR lies after it was downloaded, where need be, and unpacked: ``folder``, or ``scratch``
-    where that may only be read."""
-    archive = os.path.join(folder, kind.filename)
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, f".{kind.filename}.lock"), "w") as lock:
+    with suppress(RuntimeError):  # not there, or not with the right checksums
+        return opened(folder)
+    os.makedirs(folder, exist_ok=True)
+    writable, archive = os.access(folder, os.W_OK), os.path.join(folder, kind.filename)
+    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder if writable else None) as scratch:
+        with open(os.path.join(folder if writable else scratch, f".{kind.filename}.lock"), "w") as lock:
             with suppress(OSError):  # not every file system has locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if _opened(kind, folder):  # another process was here first
-                return folder
-            if not check_integrity(archive, kind.tgz_md5):
-                _download(kind.url, archive, kind.tgz_md5)
-            with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder) as beside:
-                _unpack(archive, beside)
+            with suppress(RuntimeError):
+                return opened(folder)
+            if check_integrity(archive, kind.tgz_md5):
+                os.symlink(archive, os.path.join(scratch, kind.filename))
+            with _download_manners():
+                kind(scratch, download=True)
+            if writable:
                 shutil.rmtree(os.path.join(folder, kind.base_folder), ignore_errors=True)
-                os.rename(os.path.join(beside, kind.base_folder), os.path.join(folder, kind.base_folder))
-            return folder
-    except OSError:
-        if not check_integrity(archive, kind.tgz_md5):
-            raise
-        _unpack(archive, scratch)
-        return scratch
+                os.rename(os.path.join(scratch, kind.base_folder), os.path.join(folder, kind.base_folder))
+        return opened(folder if writable else scratch)
 
 
-def _download(url: str, path: str, md5: str) -> None:
-    """A file from the network, whole and as published; with a bar on a terminal."""
-    with urllib.request.urlopen(url, timeout=30) as answer, atomic_write(path) as file:
-        size = int(answer.headers.get("Content-Length") or 0) or None
-        with tqdm.wrapattr(answer, "read", total=size, desc=os.path.basename(path), disable=None) as body:
-            shutil.copyfileobj(body, file, 2**20)
-    if not check_integrity(path, md5):
-        raise OSError(f"what {url} sent has another MD5 than {md5}")
-
-
-def _unpack(archive: str, folder: str) -> None:
-    with tarfile.open(archive) as members:
-        members.extractall(folder, filter="data")
+@contextmanager
+def _download_manners() -> Iterator[None]:
+    """A silent firewall is no network either, and torchvision's bar is for terminals."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)
+    try:
+        with redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):
+            yield
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 def scikit_digits(dataset: str, folder: str, reading: Reading) -> Found:

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from .files import atomic_write, remove_leftovers
 
 TINY_ARCHIVE = "tiny-imagenet-200.zip (http://cs231n.stanford.edu/tiny-imagenet-200.zip)"
 SPLITS = {"train": "train", "val": "valid", "valid": "valid", "validation": "valid", "test": "test"}  # by folder name
+TINY_EXTRAS = ("_boxes.txt", "val_annotations.txt")  # next to the published images
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
 CLUTTER = {"__macosx", "lost+found", "$recycle.bin", "system volume information", "thumbs.db", "ehthumbs.db",
@@ -47,7 +48,7 @@ CACHE_VERSION = 2
 
 
 class ImageFile(NamedTuple):
-    """A file's path, and what tells it from one that was put in its place: size, times of change [ns], inode."""
+    """A path, and what tells the file from one put in its place: size, times of modification and change, inode."""
 
     path: str
     size: int
@@ -83,31 +84,26 @@ class TreeSplit(NamedTuple):
 
 def load_tree(root: str, reading: Reading) -> tuple[list[str], dict[str, TreeSplit]]:
     """The class names, and "train", "test" and "valid" as far as the tree has them; from its cache, else decoded."""
-    classes, folders, listings = _list_tree(root, reading)
-    files = {split: [file for members in listing for file in members] for split, listing in listings.items()}
+    try:
+        folders, found = _list_tree(root, reading)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename!r}: {error.strerror}; mend or remove it") from None
+    classes = sorted(found["test"])
+    files = {split: [file for name in classes for file in members[name]] for split, members in found.items()}
     key = _fingerprint(root, files, reading.size)
     size = "x".join(map(str, reading.size)) if reading.size else "auto"
     path = os.path.join(root, f".sage-cache-{size}.npz")
-    held = _read_cache(path, key, files, reading.warn) if reading.cache else None
-    if held is None:
+    images = _read_cache(path, key, files, reading.warn) if reading.cache else None
+    if images is None:
         images = dict(zip(files, decode([*files.values()], reading.size), strict=True))
-        held = images, {split: pixel_digest(part) for split, part in images.items()}
-        try:
-            if reading.cache:
-                _write_cache(path, key, *held)
-        except OSError as error:
-            reason = error.strerror or error
-            reading.warn(f"{root!r} cannot keep the decoded images ({reason}); each start decodes anew")
-    images, digests = held
-    return classes, {
-        split: TreeSplit(
-            folders[split],
-            torch.from_numpy(images[split]),
-            torch.tensor([label for label, members in enumerate(listing) for _ in members]),
-            digests[split],
-        )
-        for split, listing in listings.items()
-    }
+        images["digests"] = np.array([pixel_digest(part) for part in images.values()])
+        if reading.cache:
+            _write_cache(path, key, images, reading.warn)
+    splits = {}
+    for (split, members), digest in zip(found.items(), images["digests"].tolist(), strict=True):
+        labels = torch.tensor([label for label, name in enumerate(classes) for _ in members[name]])
+        splits[split] = TreeSplit(folders[split], torch.from_numpy(images[split]), labels, digest)
+    return classes, splits
 
 
 # -------------------------------------------------------------------------------------------------------------- listing
@@ -121,11 +117,8 @@ def is_clutter(name: str) -> bool:
 
 def visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     """What a folder holds without clutter, by name."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((entry for entry in entries if not is_clutter(entry.name)), key=lambda entry: entry.name)
-    except OSError as error:
-        raise _unreadable(error, os.fspath(folder)) from None
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not is_clutter(entry.name)), key=lambda entry: entry.name)
 
 
 def split_folders(root: str) -> dict[str, str]:
@@ -135,56 +128,59 @@ def split_folders(root: str) -> dict[str, str]:
         split = SPLITS.get(entry.name.lower())
         if split and entry.is_dir():
             if split in folders:
-                raise UserError(
-                    f"{root!r} has the folders {folders[split]!r} and {entry.name!r} for one split; keep one of them"
-                )
+                names = f"{folders[split]!r} and {entry.name!r}"
+                raise UserError(f"{root!r} has the folders {names} for one split; keep one of them")
             folders[split] = entry.name
     return folders
 
 
-def _list_tree(root: str, reading: Reading) -> tuple[list[str], dict[str, str], dict[str, list[list[ImageFile]]]]:
-    """Class names, each split's folder, and each split's files by class."""
-    ignored: list[str] = []
+def _list_tree(root: str, reading: Reading) -> tuple[dict[str, str], dict[str, dict[str, list[ImageFile]]]]:
+    """The name of each split's folder, and each split's files by class."""
     folders = split_folders(root)
-    paths = {split: os.path.join(root, name) for split, name in folders.items()}
+    ignored: list[str] = []
     found = {}
     if "train" in folders:
-        found["train"] = class_files(paths["train"], ignored)
-    annotations = os.path.join(paths.get("valid", ""), "val_annotations.txt")
-    tiny = "valid" in folders and os.path.lexists(annotations)
-    if "test" not in folders and "valid" not in folders:
+        found["train"] = class_files(os.path.join(root, folders["train"]), ignored)
+    if not {"test", "valid"} & folders.keys():
         raise UserError(f"{root!r} has a folder train but neither test nor val; add test/<class>/ with images")
-    if tiny or "test" not in folders or _lacks_labels(paths, found, reading.warn):
-        folders["test"], paths["test"] = folders.pop("valid"), paths.pop("valid")
-    if "valid" in folders and "train" in folders:
-        found["valid"] = class_files(paths["valid"], ignored)
-    found["test"] = _tiny_files(annotations, ignored) if tiny else class_files(paths["test"], ignored)
-    _refuse_other_classes(found, paths)
-    if ignored := [path for path in ignored if not (tiny and path.endswith("_boxes.txt"))]:  # one a published class
+    val = os.path.join(root, folders.get("valid", ""))
+    tiny = os.path.exists(os.path.join(val, "val_annotations.txt"))
+    if tiny or "test" not in folders or _lacks_labels(root, folders, found, reading.warn):
+        folders["test"] = folders.pop("valid")
+    found["test"] = (_tiny_files if tiny else class_files)(os.path.join(root, folders["test"]), ignored)
+    if {"train", "valid"} <= folders.keys():
+        found["valid"] = class_files(val, ignored)
+    for split in found.keys() - {"train"} if "train" in found else ():
+        _compare_classes(root, folders, found, split)
+    if len(found.get("train", (1, 2))) < 2:
+        raise UserError(f"{os.path.join(root, folders['train'])!r} holds one class folder; training needs two or more")
+    if ignored := [path for path in ignored if not (tiny and path.endswith(TINY_EXTRAS))]:
         reading.warn(what_is_left_out(ignored))
-    classes = sorted(found["test"])
-    return classes, folders, {split: [found[split][name] for name in classes] for split in sorted(found, reverse=True)}
+    return folders, found
 
 
-def _lacks_labels(paths: dict[str, str], found: dict, warn: Callable[[str], None]) -> bool:
-    """Whether the images in the test folder are in none of the training classes, where another folder can test."""
-    if not {"train", "valid"} <= paths.keys() or found["train"].keys() & {*_class_folders(paths["test"], [])}:
+def _lacks_labels(root: str, folders: dict[str, str], found: dict, warn: Callable[[str], None]) -> bool:
+    """Whether the images in ``test`` are in no class folder, and ``val`` can stand in for it."""
+    test = os.path.join(root, folders["test"])
+    if (
+        found.keys() != {"train"}
+        or "valid" not in folders
+        or any(entry.name in found["train"] for entry in visible(test))
+    ):
         return False
-    warn(f"{paths['test']!r} has no class of {paths['train']!r}, so no labels; {paths['valid']!r} is the test set")
+    warn(f"{test!r} has no class of {folders['train']!r}, so no labels; {folders['valid']!r} is the test set")
     return True
 
 
-def _refuse_other_classes(found: dict[str, dict[str, list[ImageFile]]], paths: dict[str, str]) -> None:
-    """Raise ``UserError`` where the splits have different classes, or training has fewer than two."""
-    first, *others = found
-    lacking = [(name, paths[split]) for split in others for name in sorted(found[first].keys() - found[split].keys())]
-    lacking += [(name, paths[first]) for split in others for name in sorted(found[split].keys() - found[first].keys())]
+def _compare_classes(root: str, folders: dict[str, str], found: dict, split: str) -> None:
+    """Raise ``UserError`` where a split has other classes than the training images."""
+    lacking = [(name, split) for name in sorted(found["train"].keys() - found[split].keys())]
+    lacking += [(name, "train") for name in sorted(found[split].keys() - found["train"].keys())]
     if lacking:
-        (name, path), *more = lacking
+        (name, where), *more = lacking
         rest = f" (and {len(more)} more such classes)" if more else ""
+        path = os.path.join(root, folders[where])
         raise UserError(f"class {name!r} is missing in {path!r}{rest}; every split needs the same classes")
-    if len(found.get("train", (1, 2))) < 2:
-        raise UserError(f"{paths['train']!r} holds one class folder; training needs two or more")
 
 
 def what_is_left_out(ignored: Sequence[str]) -> str:
@@ -194,99 +190,69 @@ def what_is_left_out(ignored: Sequence[str]) -> str:
 
 
 def class_files(folder: str, ignored: list[str], skip: str = "") -> dict[str, list[ImageFile]]:
-    """Image files by class; a class is a folder in ``folder``, its name in Unicode's composed form (macOS writes "é" in
-    two characters, Linux in one). Other files are added to ``ignored``."""
-    found = {}
-    for name, paths in sorted(_class_folders(folder, ignored).items()):
-        if name == skip:
-            continue
-        if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
-            raise UserError(f"the name of class folder {paths[0]!r} is not a line of text; rename it")
-        found[name] = sorted(file for path in paths for file in files_below(path, ignored))
-        if not found[name]:
-            raise UserError(f"class folder {paths[0]!r} holds no PNG, JPEG or WebP image; fill it or remove it")
+    """Image files by class: a folder in ``folder``, its name in Unicode's composed form (macOS writes "é" in two
+    characters, Linux in one). Other files are added to ``ignored``."""
+    found: dict[str, list[ImageFile]] = {}
+    for entry in visible(folder):
+        name = unicodedata.normalize("NFC", entry.name)
+        if not entry.is_dir():
+            ignored.append(entry.path)
+        elif name != skip:
+            if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
+                raise UserError(f"the name of class folder {entry.path!r} is not a line of text; rename it")
+            found[name] = sorted(found.get(name, []) + files_below(entry.path, ignored))
+            if not found[name]:
+                raise UserError(f"class folder {entry.path!r} holds no PNG, JPEG or WebP image; fill it or remove it")
     if not found:
         raise UserError(f"{folder!r} holds no class folders; put the images into {os.path.join(folder, '<class>')!r}")
     return found
 
 
-def _class_folders(folder: str, ignored: list[str]) -> dict[str, list[str]]:
-    """Paths of the folders in ``folder`` by class name; its files are added to ``ignored``."""
-    paths: dict[str, list[str]] = {}
-    for entry in visible(folder):
-        if stat.S_ISDIR(_info(entry).st_mode):
-            paths.setdefault(unicodedata.normalize("NFC", entry.name), []).append(entry.path)
-        else:
-            ignored.append(entry.path)
-    return paths
-
-
 def files_below(folder: str, ignored: list[str]) -> list[ImageFile]:
-    """Image files in ``folder`` and below, by path. Links are followed; a folder met twice is a loop and refused."""
-    found, pending, seen = [], [folder], set()
-    while pending:
-        current = pending.pop()
-        real = os.path.realpath(current)
-        if real in seen:
+    """Image files in ``folder`` and below, by path. Links are followed; a loop of them is refused."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    found, seen = [], set()
+    for current, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(current)) in seen:
             raise UserError(f"{current!r} leads to a folder already seen, perhaps by a loop of links; remove it")
         seen.add(real)
-        for entry in visible(current):
-            info = _info(entry)
-            if stat.S_ISDIR(info.st_mode):
-                pending.append(entry.path)
-            elif stat.S_ISREG(info.st_mode) and entry.name.lower().endswith(SUFFIXES):
-                found.append(ImageFile(entry.path, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino))
+        folders[:] = [name for name in folders if not is_clutter(name)]
+        for path in (os.path.join(current, name) for name in names if not is_clutter(name)):
+            if path.lower().endswith(SUFFIXES):
+                info = os.stat(path)
+                found.append(ImageFile(path, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino))
             else:
-                ignored.append(entry.path)
+                ignored.append(path)
     return sorted(found)
 
 
-def _info(entry: os.DirEntry[str]) -> os.stat_result:
+def _tiny_files(val: str, ignored: list[str]) -> dict[str, list[ImageFile]]:
+    """Tiny-ImageNet's validation images by class: ``val_annotations.txt`` gives the class of each file in ``images``,
+    unless these were sorted into class folders."""
+    folder, annotations = os.path.join(val, "images"), os.path.join(val, "val_annotations.txt")
+    listed = files_below(folder, ignored) if os.path.isdir(folder) else []
+    if not listed:
+        return class_files(val, ignored, skip="images")
+    ignored += [entry.path for entry in visible(val) if not entry.is_dir()]
+    files = {os.path.relpath(file.path, folder): file for file in listed}
     try:
-        return entry.stat()  # a broken link is no reason to train on less
-    except OSError as error:
-        raise _unreadable(error, entry.path) from None
-
-
-def _tiny_files(annotations: str, ignored: list[str]) -> dict[str, list[ImageFile]]:
-    """Files of Tiny-ImageNet's validation set by class: those that ``val_annotations.txt`` names, whose lines begin
-    with file and class, or what lies in class folders where these were sorted."""
-    above = os.path.dirname(annotations)
-    folder = os.path.join(above, "images")
-    files = files_below(folder, ignored) if os.path.isdir(folder) else []
-    strays: list[str] = []
-    if not files and {*_class_folders(above, [])} - {"images"}:
-        found = class_files(above, strays, skip="images")
-    else:
-        _class_folders(above, strays)
-        found = _annotated(annotations, {os.path.relpath(file.path, folder): file for file in files})
-    ignored += [path for path in strays if path != annotations]
-    return found
-
-
-def _annotated(annotations: str, files: dict[str, ImageFile]) -> dict[str, list[ImageFile]]:
-    """``files``, by name, in the classes that ``annotations`` gives them; each has one."""
-    again = f"unpack {TINY_ARCHIVE} again"
-    try:
-        with open(annotations, encoding="utf-8") as lines:
-            rows = [line.split() for line in lines if line.strip()]
+        rows = [line.split() for line in Path(annotations).read_text("utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError:
-        raise UserError(f"{annotations!r} is not text; {again}") from None
-    except OSError as error:
-        raise _unreadable(error, annotations) from None
+        raise UserError(f"{annotations!r} is not text; unpack {TINY_ARCHIVE} again") from None
     found: dict[str, list[ImageFile]] = {}
     for name, *rest in rows:
         if not rest or name not in files:
-            where = os.path.join(os.path.dirname(annotations), "images")
-            raise UserError(f"{annotations!r} names {name!r}, which is not in {where!r} or has no class; {again}")
+            fault = f"{annotations!r} names {name!r}, which is not in {folder!r} or has no class"
+            raise UserError(f"{fault}; unpack {TINY_ARCHIVE} again")
         found.setdefault(rest[0], []).append(files.pop(name))
     if files:
-        raise UserError(f"image {min(files.values()).path!r} has no line in {annotations!r}; {again}")
+        raise UserError(
+            f"image {min(files.values()).path!r} has no line in {annotations!r}; unpack {TINY_ARCHIVE} again"
+        )
     return found
-
-
-def _unreadable(error: OSError, path: str) -> UserError:
-    return UserError(f"cannot read {error.filename or path!r}: {error.strerror}; mend or remove it")
 
 
 def one_line(error: BaseException) -> str:
@@ -432,27 +398,32 @@ def _fingerprint(root: str, files: dict[str, list[ImageFile]], size: tuple[int, 
     return hashlib.blake2b(os.fsencode("\0\0".join(lines)), digest_size=16).hexdigest()
 
 
-def _write_cache(path: str, key: str, images: dict[str, np.ndarray], digests: dict[str, str]) -> None:
+def _write_cache(path: str, key: str, images: dict[str, np.ndarray], warn: Callable[[str], None]) -> None:
     folder, name = os.path.split(path)
-    remove_leftovers(folder, name, older_than=3600)  # a younger one may still be written
-    with atomic_write(path) as file:
-        np.savez(file, key=np.array(key), digests=np.array([*digests.values()]), **images)  # type: ignore[arg-type]
+    try:
+        remove_leftovers(folder, name, older_than=3600)  # a younger one may still be written
+        with atomic_write(path) as file:
+            np.savez(file, key=np.array(key), **images)  # type: ignore[arg-type]
+    except OSError as error:
+        warn(f"{folder!r} cannot keep the decoded images ({error.strerror or error}); each start decodes anew")
 
 
 def _read_cache(
     path: str, key: str, files: dict[str, list[ImageFile]], warn: Callable[[str], None]
-) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:
-    """Images and ``pixel_digest`` of each split, or None where the cache is missing, of other files or damaged."""
+) -> dict[str, np.ndarray] | None:
+    """Images of each split and their "digests", or None where the cache is missing, of other files or damaged."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             if archive["key"] != key:
                 return None
-            images = {split: archive[split] for split in files}  # reading to the end compares the checksums
-            digests = dict(zip(files, archive["digests"].tolist(), strict=True))
-        shape = images["test"].shape[1:]
-        if any(part.dtype != np.uint8 or part.shape != (len(files[split]), *shape) for split, part in images.items()):
+            images = {name: archive[name] for name in (*files, "digests")}  # reading to the end compares the checksums
+        size = images["test"].shape[2:]
+        for split, part in files.items():
+            if images[split].dtype != np.uint8 or images[split].shape != (len(part), 3, *size):
+                raise ValueError("of another shape")
+        if images["digests"].shape != (len(files),):
             raise ValueError("of another shape")
-        return images, digests
+        return images
     except FileNotFoundError:
         return None
     except Exception as error:  # damaged archives, too, raise nearly anything

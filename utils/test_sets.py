@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from load_data import Data, Split
 
 from .errors import BadArguments, UserError
-from .images import SPLITS, class_files, decode, split_folders, visible, what_is_left_out
+from .images import SPLITS, ImageFile, class_files, decode, split_folders, visible, what_is_left_out
 from .robustness import SEVERITIES
 
 BENCHMARK = {  # the published corruptions in the mean; speckle_noise, gaussian_blur, spatter and saturate are extra
@@ -36,17 +36,14 @@ Sets = Iterator[tuple[str, int, Split]]  # name, severity, images
 
 
 def open_set(path: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray], warn: Callable[[str], None]) -> Sets:
-    """The images of another test set, with the labels of the network's classes, at the size of ``data``.
+    """The images of another test set, with the labels of the network's classes, at the size of ``data``: one part
+    without a name and with severity 0, or one for each corruption and severity.
 
     Args:
         path: an image tree ``<class>/``, or with ``test/`` or ``val/`` in it, which has the classes of ``data`` or some
             of them; a folder with ``…_data.npy`` (uint8 [N, H, W, 3]) and ``…_labels.npy`` (integers [N]), or that
             first file; corrupted images as published, arrays or a tree ``<corruption>/<severity>/<class>/``.
         choose: from labels [N] to the indices that are measured, of a corrupted set.
-        warn: called with one line about what is left out.
-
-    Returns:
-        One part without a name and with severity 0, or one for each corruption and severity.
 
     Raises:
         BadArguments: there is no such set of these classes.
@@ -54,8 +51,7 @@ def open_set(path: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray],
     """
     if is_corrupted(path):
         for corruption in corruptions_below(path)[:1]:  # before anything is measured
-            severity = next(folder for folder in (corruption / "1", corruption / str(SEVERITIES)) if folder.is_dir())
-            common_classes(severity, [entry.name for entry in visible(severity)], data.classes)
+            known_files(next(corruption / name for name in ("1", "5") if (corruption / name).is_dir()), data, [])
         return corrupted_sets(path, data, choose)
     pairs = [path] if path.name.endswith("_data.npy") else arrays_in(path, "_data.npy")
     if len(pairs) > 1:
@@ -91,9 +87,7 @@ def arrays_in(folder: Path, ending: str = ".npy") -> list[Path]:
 def corrupted_sets(path: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray]) -> Sets:
     """Name, severity and images of every corruption as published."""
     refuse_unknown_arrays(path, data.classes)
-    if (path / "labels.npy").exists():
-        return corrupted_arrays(path, data, choose)
-    return corrupted_tree(path, data, choose)
+    return (corrupted_arrays if (path / "labels.npy").exists() else corrupted_tree)(path, data, choose)
 
 
 def refuse_unknown_arrays(path: Path, classes: list[str]) -> None:
@@ -129,18 +123,16 @@ def corrupted_arrays(folder: Path, data: Data, choose: Callable[[np.ndarray], np
 
 def corrupted_tree(path: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray]) -> Sets:
     """Of folders ``<corruption>/<severity>/<class>/``; each must have the same classes."""
-    known: list[str] = []
+    known: set[int] = set()
     for corruption in corruptions_below(path):
         for severity in range(1, SEVERITIES + 1):
             folder = corruption / str(severity)
             if not folder.is_dir():
                 raise UserError(f"{folder} is missing; a corruption needs the severities 1 to {SEVERITIES}")
-            found = class_files(str(folder), [])
-            known = known or common_classes(folder, [*found], data.classes)
-            if common_classes(folder, [*found], data.classes) != known:
+            files, labels = known_files(folder, data, [])
+            known = known or {*labels.tolist()}
+            if known != {*labels.tolist()}:
                 raise UserError(f"{folder} has other classes than {path} elsewhere; unpack it again")
-            files = [file for name in known for file in found[name]]
-            labels = np.array([data.classes.index(name) for name in known for _ in found[name]])
             chosen = choose(labels)
             (images,) = decode([[files[i] for i in chosen]], data.image_size, progress=False)
             yield corruption.name, severity, Split(torch.from_numpy(images), torch.from_numpy(labels[chosen]))
@@ -149,28 +141,28 @@ def corrupted_tree(path: Path, data: Data, choose: Callable[[np.ndarray], np.nda
 def read_tree(folder: Path, data: Data, warn: Callable[[str], None]) -> Split:
     """The images of the class folders that the network knows."""
     ignored: list[str] = []
-    found = class_files(str(folder), ignored)
-    known = common_classes(folder, [*found], data.classes)
-    if unknown := sorted(found.keys() - {*known}):
-        warn(
-            f"{folder}: {len(unknown)} folders that are no class of the network are left out, among them {unknown[0]!r}"
-        )
+    files, labels = known_files(folder, data, ignored, warn)
     if ignored:
         warn(what_is_left_out(ignored))
-    (images,) = decode([[file for name in known for file in found[name]]], data.image_size)
-    labels = [data.classes.index(name) for name in known for _ in found[name]]
-    return Split(torch.from_numpy(images), torch.tensor(labels))
+    (images,) = decode([files], data.image_size)
+    return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
 
-def common_classes(folder: Path, found: Sequence[str], classes: Sequence[str]) -> list[str]:
-    """The classes that both have, in the network's order."""
-    known = [name for name in classes if name in found]
+def known_files(
+    folder: Path, data: Data, ignored: list[str], warn: Callable[[str], None] = lambda line: None
+) -> tuple[list[ImageFile], np.ndarray]:
+    """The image files of the network's classes, in its order, and their labels."""
+    found = class_files(str(folder), ignored)
+    known = [(label, name) for label, name in enumerate(data.classes) if name in found]
     if not known:
         raise BadArguments(
             f"{folder} holds {', '.join(sorted(found)[:3])} …, none of the network's classes "
-            f"({', '.join(classes[:3])} …); name the folders after them"
+            f"({', '.join(data.classes[:3])} …); name the folders after them"
         )
-    return known
+    if unknown := sorted(found.keys() - {*data.classes}):
+        warn(f"{folder}: {len(unknown)} folders are no class of the network and left out, among them {unknown[0]!r}")
+    files = [file for _, name in known for file in found[name]]
+    return files, np.array([label for label, name in known for _ in found[name]])
 
 
 def read_pair(path: Path, data: Data) -> Split:
