@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +22,10 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Normalize
 
 from load_data import load
-from tests.common import MEAN, ROOT, SMALL, STD, main, rows, run
+from tests.common import MEAN, SMALL, STD, main, rows, run
 from utils import options
 from utils.errors import BadArguments
+from utils.files import read_records
 from utils.robustness import CORRUPTIONS, calibration, corrupt, fgsm, pgd
 from utils.test_sets import CIFAR10, CIFAR100, CLASSES_OF_ARRAYS, corrupted_sets, open_set
 
@@ -272,51 +275,73 @@ def words(small_run: Path, images: Path) -> list[object]:
     return ["--checkpoint", small_run / "checkpoint.pth.tar", "--data_dir", images, "--ngpu", 0]
 
 
+Records = dict[tuple[str, str], dict[str, Any]]
+
+
+def evaluate(*words: object, code: int = 0) -> Records:
+    """Run the script; the newest record of each part and test set in the folder that is named last."""
+    done = run("scripts/evaluate.py", *words)
+    assert done.returncode == code, done.stdout + done.stderr
+    path = Path(str(words[-1])) / "results.jsonl"
+    return {(record["part"], record["set"]): record for record in read_records(path)}
+
+
+def refused(*words: object, code: int) -> str:
+    """The one line that the script says where it refuses something."""
+    done = run("scripts/evaluate.py", *words)
+    assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
+    return done.stderr
+
+
 @pytest.fixture(scope="module")
-def result(words: list[object], small_run: Path) -> dict[str, Any]:
+def result(words: list[object], small_run: Path) -> Records:
     done = run("scripts/evaluate.py", *words, "--images", 3, *ATTACKS)
     assert (done.returncode, done.stderr) == (0, "")
-    return json.loads((small_run / "evaluation" / "checkpoint.json").read_text())
+    return {(of["part"], of["set"]): of for of in read_records(small_run / "evaluation" / "results.jsonl")}
 
 
-def test_the_clean_numbers_agree(result: dict[str, Any], small_run: Path) -> None:
-    row = rows(small_run)[-1]
-    clean = result["clean"]
-    assert clean["top1"] == pytest.approx(float(row["test_top1"]), abs=1e-3)
-    assert clean["top5"] == pytest.approx(float(row["test_top5"]), abs=1e-3)
-    assert clean["loss"] == pytest.approx(float(row["test_loss"]), rel=1e-4)
-    confusion = np.array(clean["confusion"])
-    assert confusion.sum() == result["images"]
-    assert 100 * confusion.trace() / confusion.sum() == pytest.approx(clean["top1"])
-    expected = 100 * confusion.diagonal() / confusion.sum(axis=1)
-    assert list(clean["per_class"].values()) == pytest.approx(expected)
-    bins = result["calibration"]["bin_images_accuracy_confidence"]
-    assert sum(n for n, _, _ in bins) == result["images"]
-    assert sum(n * accuracy for n, accuracy, _ in bins if n) / result["images"] == pytest.approx(clean["top1"])
-    gap = sum(n * abs(accuracy - sure) for n, accuracy, sure in bins if n) / result["images"]
-    assert gap == pytest.approx(result["calibration"]["ece"])
+def test_the_clean_numbers_agree(result: Records, small_run: Path) -> None:
+    row, clean = rows(small_run)[-1], result["clean", "test"]
+    numbers = clean["numbers"]
+    assert numbers["top1"] == pytest.approx(float(row["test_top1"]), abs=1e-3)
+    assert numbers["top5"] == pytest.approx(float(row["test_top5"]), abs=1e-3)
+    assert numbers["loss"] == pytest.approx(float(row["test_loss"]), rel=1e-4)
+    confusion = np.array(clean["detail"]["confusion"])
+    assert confusion.sum() == clean["how"]["images"] == 24
+    assert 100 * confusion.trace() / confusion.sum() == pytest.approx(numbers["top1"])
+    assert list(numbers["per_class"].values()) == pytest.approx(100 * confusion.diagonal() / confusion.sum(axis=1))
+    bins = result["calibration", "test"]["detail"]["bin_images_accuracy_confidence"]
+    assert sum(n for n, _, _ in bins) == 24
+    assert sum(n * accuracy for n, accuracy, _ in bins if n) / 24 == pytest.approx(numbers["top1"])
+    gap = sum(n * abs(accuracy - sure) for n, accuracy, sure in bins if n) / 24
+    assert gap == pytest.approx(result["calibration", "test"]["numbers"]["ece"])
 
 
-def test_robustness_is_written_down(result: dict[str, Any]) -> None:
-    assert (result["images"], result["subset"]) == (24, 9)
-    errors = result["corruption_errors"]
+def test_records_say_what_was_measured_and_how(result: Records, small_run: Path) -> None:
+    digests = json.loads((small_run / "config.json").read_text())["digests"]
+    sha256 = hashlib.sha256((small_run / "checkpoint.pth.tar").read_bytes()).hexdigest()
+    for record in result.values():
+        about = ("checkpoint.pth.tar", 2, sha256, digests["test"])
+        assert tuple(record[name] for name in ("checkpoint", "epoch", "sha256", "digest")) == about
+        assert {"date", "commit", "device", "torch", "command"} <= record.keys()
+    chosen = {"images": 9, "classes": 3, "seed": 0}
+    assert result["calibration", "test"]["how"] == {"images": 24, "classes": 3, "bins": 15}
+    assert result["corruptions", "test"]["how"] == chosen | {"source": "made here"}
+    assert result["fgsm", "test"]["how"] == chosen | {"eps": [2, 8]}
+    assert result["pgd", "test"]["how"] == chosen | {"eps": [2, 8], "steps": 2, "step_size": None, "restarts": 2}
+    errors = result["corruptions", "test"]["numbers"]["errors"]
     assert set(errors) == set(CORRUPTIONS)
     assert all(len(row) == 5 and all(0 <= e <= 100 for e in row) for row in errors.values())
-    summary = result["summary"]
-    assert summary["corruption_error"] == pytest.approx(np.mean(list(errors.values())))
-    assert "not CIFAR-10-C" in result["corruptions"]
-    for small, large in zip(result["fgsm"], result["pgd"], strict=True):
-        assert large["top1"] <= min(small["top1"], result["subset_top1"])  # here; not a law
-        assert small["images_without_gradient"] == 0
-    assert [row["restarts"] for row in result["pgd"]] == [2, 2]
-    assert [row["step_size_of_255"] for row in result["pgd"]] == [2.5, 10]
-    assert {"clean_top1", "ece", "fgsm2_top1", "fgsm8_top1", "pgd2_top1", "pgd8_top1"} <= summary.keys()
+    assert result["corruptions", "test"]["numbers"]["error"] == pytest.approx(np.mean(list(errors.values())))
+    weak, strong = (result[part, "test"]["numbers"] for part in ("fgsm", "pgd"))
+    assert weak.keys() == strong.keys() == {"2", "8"}
+    assert all(strong[size] <= weak[size] for size in weak)  # here; not a law
 
 
-def test_pictures_and_tables_are_there(result: dict[str, Any], small_run: Path) -> None:
+def test_pictures_and_tables_are_there(result: Records, small_run: Path) -> None:
     folder = small_run / "evaluation"
-    text = (folder / "checkpoint.md").read_text()
-    names = {"checkpoint.md", "checkpoint.json"}
+    text = (folder / "results.md").read_text()
+    names = {"results.md", "results.jsonl"}
     for ending in ("confusion", "reliability", "corruptions", "images", "attacks"):
         name = f"checkpoint_{ending}.png"
         names.add(name)
@@ -325,83 +350,88 @@ def test_pictures_and_tables_are_there(result: dict[str, Any], small_run: Path) 
             assert min(image.size) > 200
             assert np.asarray(image.convert("L")).std() > 5
     assert {path.name for path in folder.iterdir()} == names
-    assert f"mean corruption error {result['summary']['corruption_error']:.2f} %" in text
-    assert "not CIFAR-10-C" in text
+    assert f"mean top-1 error {result['corruptions', 'test']['numbers']['error']:.2f}% (9 images" in text
+    assert "source made here" in text
     assert all(f"\n| {name} | " in text for name in CORRUPTIONS)
+    assert " %" not in text
 
 
-def evaluate(*words: object) -> tuple[int, dict[str, Any]]:
-    """The script in this process: its exit code and what it wrote into the folder that is named last."""
-    from scripts import evaluate as script
-
-    try:
-        code = script.main([str(word) for word in words])
-    except SystemExit as stopped:
-        code = stopped.code  # type: ignore[assignment]
-    found = list(Path(str(words[-1])).glob("*.json"))
-    return code, json.loads(found[0].read_text()) if found else {}
+def test_one_seed_gives_one_result(result: Records, words: list[object], tmp_path: Path) -> None:
+    again = evaluate(*words, "--images", 3, *ATTACKS, "--parts", "corruptions", "pgd", "--out", tmp_path)
+    assert {part for part, _ in again} == {"clean", "corruptions", "pgd"}
+    assert all(record["numbers"] == result[key]["numbers"] for key, record in again.items())
 
 
-def test_one_seed_gives_one_result(result: dict[str, Any], words: list[object], tmp_path: Path) -> None:
-    _, again = evaluate(*words, "--images", 3, *ATTACKS, "--parts", "corruptions", "pgd", "--out", tmp_path)
-    for name in ("clean", "corruptions", "corruption_errors", "pgd"):
-        assert again[name] == result[name]
-    assert "calibration" not in again
-    assert "fgsm" not in again
+def test_a_later_call_only_adds(result: Records, words: list[object], small_run: Path, tmp_path: Path) -> None:
+    """Other sizes of an attack, other images and other parts leave what an earlier call measured as it was."""
+    before = (small_run / "evaluation" / "results.jsonl").read_bytes()
+    (tmp_path / "results.jsonl").write_bytes(before)
+    evaluate(*words, "--parts", "fgsm", "--images", 3, "--eps", 4, "--out", tmp_path)
+    evaluate(*words, "--parts", "fgsm", "--eps", 4, "--out", tmp_path)  # of all images
+    after = (tmp_path / "results.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert after.count(b"\n") == before.count(b"\n") + 4
+    text = (tmp_path / "results.md").read_text()
+    fgsm, pgd = (re.findall(rf"\*\*{part}\*\*.*", text) for part in ("fgsm", "pgd"))
+    assert len(pgd) == 1
+    assert ["(9 images" in line for line in fgsm] == [True, False]
+    assert re.findall(r"at (\d)/255", fgsm[0]) == ["2", "4", "8"]
+    assert f"{result['fgsm', 'test']['numbers']['8']:.2f}% at 8/255" in fgsm[0]
+    assert text.count("**calibration**") == text.count("**clean**") == 1
 
 
-def test_a_later_call_adds_to_an_earlier_one(
-    result: dict[str, Any], words: list[object], small_run: Path, tmp_path: Path
+def test_evaluations_of_other_checkpoints_are_told_apart(
+    words: list[object], small_run: Path, images: Path, tmp_path: Path
 ) -> None:
-    for path in (small_run / "evaluation").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    few = ["--images", 3, "--eps", 2, "--out", tmp_path]
-    code, found = evaluate(*words, "--parts", "fgsm", *few)
-    assert code == 0
-    assert found["pgd"] == result["pgd"]
-    assert found["fgsm"] == result["fgsm"][:1]
-    assert found["summary"] == {key: value for key, value in result["summary"].items() if key != "fgsm8_top1"}
-    text, old = ((folder / "checkpoint.md").read_text() for folder in (tmp_path, small_run / "evaluation"))
-    headings = ["## Clean", "## Calibration", "## Corruptions", "## FGSM", "## PGD"]
-    assert [line for line in text.splitlines() if line.startswith("## ")] == headings
-    assert text.split("## PGD")[1] == old.split("## PGD")[1]
-    # attacks of other images are kept elsewhere; the calibration is of all images
-    before = (tmp_path / "checkpoint.json").read_bytes()
-    _, found = evaluate(*words, "--parts", "clean", "--images", 2, "--out", tmp_path)
-    assert found["summary"].keys() == {"clean_top1", "clean_top5", "ece"}
-    text = (tmp_path / "checkpoint.md").read_text()
-    assert "## Calibration" in text
-    assert "## PGD" not in text
-    assert [path.read_bytes() for path in tmp_path.glob("checkpoint.json.old-*")] == [before]
-    assert len([*tmp_path.glob("checkpoint.md.old-*")]) == 1
-    # what is damaged is written anew
-    (tmp_path / "checkpoint.json").write_text("[]")
-    _, found = evaluate(*words, "--parts", "clean", "--images", 2, "--out", tmp_path)
-    assert found["summary"].keys() == {"clean_top1", "clean_top5"}
-    assert len([*tmp_path.glob("*.old-*")]) == 2
+    """model_best, another run's checkpoint and a checkpoint that was trained further, in one folder."""
+    state = torch.load(small_run / "checkpoint.pth.tar", weights_only=True)
+    state["progress"]["rows"] = state["progress"]["rows"][:1]
+    for folder in ("early", "other"):
+        (tmp_path / folder).mkdir()
+    torch.save(state, tmp_path / "early" / "checkpoint.pth.tar")
+    state["state_dict"]["linear.bias"] += 1
+    torch.save(state, tmp_path / "other" / "checkpoint.pth.tar")
+    out = tmp_path / "out"
+    for path in (tmp_path / "other" / "checkpoint.pth.tar", tmp_path / "early" / "checkpoint.pth.tar",
+                 small_run / "model_best.pth.tar", small_run / "checkpoint.pth.tar"):  # fmt: skip
+        evaluate(*words[2:], "--checkpoint", path, "--parts", "clean", "--out", out)
+    records = read_records(out / "results.jsonl")
+    names = ["checkpoint.pth.tar", "checkpoint.pth.tar", "model_best.pth.tar", "checkpoint.pth.tar"]
+    assert [record["checkpoint"] for record in records] == names
+    assert [record["epoch"] for record in records[:2]] == [1, 1]
+    assert records[3]["epoch"] == 2
+    assert len({record["sha256"] for record in records if record["checkpoint"] == names[0]}) == 3
+    text = (out / "results.md").read_text()
+    assert re.findall("^# (.*)", text, re.MULTILINE) == ["checkpoint.pth.tar", "model_best.pth.tar"]
+    assert records[3]["sha256"] in text
+    assert records[1]["sha256"] not in text
 
 
-def test_parts_that_another_call_writes_meanwhile_stay(
-    words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from scripts import evaluate as script
+def test_half_a_record_of_a_killed_call_is_ignored(words: list[object], tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text('{"part": "clean", "set": "te')
+    done = run("scripts/evaluate.py", *words, "--parts", "calibration", "--out", tmp_path)
+    assert done.returncode == 0
+    assert (done.stdout + done.stderr).count("is cut off") == 1
+    assert [record["part"] for record in read_records(tmp_path / "results.jsonl")] == ["clean", "calibration"]
 
-    few = [*words, "--images", 1, "--eps", 2]
-    original = script.attack
 
-    def attack(job: Any, name: str, size: float) -> dict[str, float]:
-        monkeypatch.setattr(script, "attack", original)
-        evaluate(*few, "--parts", "calibration", "--out", tmp_path)
-        return original(job, name, size)
-
-    monkeypatch.setattr(script, "attack", attack)
-    _, found = evaluate(*few, "--parts", "fgsm", "--out", tmp_path)
-    assert {"calibration", "fgsm"} <= found.keys()
-    assert {"ece", "fgsm2_top1"} <= found["summary"].keys()
+def test_records_on_other_images_have_another_digest(words: list[object], images: Path, tmp_path: Path) -> None:
+    """One pixel of one image is enough."""
+    other = tmp_path / "other"
+    shutil.copytree(images, other)
+    path = other / "test" / "blue" / "0.png"
+    pixels = np.array(Image.open(path))
+    pixels[0, 0, 0] ^= 1
+    Image.fromarray(pixels).save(path)
+    out = ["--parts", "clean", "--out", tmp_path / "out"]
+    first = evaluate(*words, *out)["clean", "test"]
+    second = evaluate(*words, "--data_dir", other, *out)["clean", "test"]
+    assert first["digest"] != second["digest"]
+    assert (tmp_path / "out" / "results.md").read_text().count("**clean**") == 2
 
 
 def test_published_weights_take_their_settings_from_the_flags(
-    result: dict[str, Any], small_run: Path, images: Path, tmp_path: Path
+    result: Records, small_run: Path, images: Path, tmp_path: Path
 ) -> None:
     state = torch.load(small_run / "checkpoint.pth.tar", weights_only=True)
     weights = state["state_dict"]
@@ -410,10 +440,10 @@ def test_published_weights_take_their_settings_from_the_flags(
     for name, content in (("bare.pt", weights), ("parallel.v2.pth.tar", published)):
         torch.save(content, tmp_path / name)
         out = tmp_path / name.split(".")[0]
-        code, found = evaluate("--checkpoint", tmp_path / name, *flags, "--ngpu", 0, "--parts", "clean", "--out", out)
-        assert code == 0
-        assert found["clean"] == result["clean"]  # mean and deviation are measured, of the same training images
-    assert (tmp_path / "parallel" / "parallel.v2.md").exists()
+        found = evaluate("--checkpoint", tmp_path / name, *flags, "--ngpu", 0, "--parts", "clean", "--out", out)
+        # mean and deviation are measured, of the same training images
+        assert found["clean", "test"]["numbers"] == result["clean", "test"]["numbers"]
+    assert (tmp_path / "parallel" / "parallel.v2_confusion.png").exists()
 
 
 def published_arrays(folder: Path, names: list[str], labels: np.ndarray) -> None:
@@ -434,45 +464,40 @@ def test_published_arrays_are_read_where_they_are(
     published_arrays(tmp_path / "arrays", ["fog", "snow", "saturate"], np.arange(40, dtype=np.uint8) % 3)
     seen: list[tuple[str, float, list[int]]] = []
 
-    def predict(job: Any, split: Any, what: str = "clean") -> Tensor:
+    def predict(job: Any, split: Any, what: str) -> Tensor:
         """A network that is right about severities 1 to 3, and wrong about saturate."""
-        if what != "clean":
+        if what != "test":
             assert split.images.shape == (6, 3, 32, 32)
             seen.append((what, split.images.float().mean().item(), split.labels.tolist()))
-        right = what == "clean" or (not what.startswith("saturate") and split.images.max() <= 2)
+        right = what == "test" or ("saturate" not in what and split.images.max() <= 2)
         return 5 * F.one_hot((split.labels + (not right)) % 3, 3).float()
 
     monkeypatch.setattr(script, "predict", predict)
-    words = [*words, "--images", 2, "--parts", "corruptions"]
-    code, found = evaluate(*words, "--corruptions_dir", tmp_path / "arrays", "--out", tmp_path / "out")
-    assert code == 0
-    assert [(what, mean) for what, mean, _ in seen[:5]] == [(f"fog {s}", s - 1) for s in range(1, 6)]
+    words = [*words, "--images", 2, "--parts", "corruptions", "--corruptions_dir", tmp_path / "arrays"]
+    found = evaluate(*words, "--out", tmp_path / "out")["corruptions", "test"]
+    assert [(what, mean) for what, mean, _ in seen[:5]] == [(f"test fog {s}", s - 1) for s in range(1, 6)]
     assert all(sorted(of) == [0, 0, 1, 1, 2, 2] for _, _, of in seen)
-    assert found["corruption_errors"]["fog"] == [0, 0, 0, 100, 100]
-    assert found["summary"]["corruption_error"] == pytest.approx(40)  # saturate is none of the benchmark's
-    assert found["corruptions"] == "published arrays, 2 of the benchmark's 15; 6 images, seed 0"
-    assert found["corruptions_dir"] == str(tmp_path / "arrays")
-    assert "made here" not in found["corruptions"]
+    assert found["numbers"]["errors"]["fog"] == [0, 0, 0, 100, 100]
+    assert found["numbers"]["error"] == pytest.approx(40)  # saturate is none of the benchmark's
+    assert found["how"]["source"] == "published images, 2 of the benchmark's 15 corruptions"
+    assert found["how"]["images"] == 6
+    assert found["detail"]["folder"] == str(tmp_path / "arrays")
     for name in ("fog", "snow"):
         (tmp_path / "arrays" / f"{name}.npy").unlink()
-    _, found = evaluate(*words, "--corruptions_dir", tmp_path / "arrays", "--out", tmp_path / "extra")
-    assert "0 of the benchmark's 15" in found["corruptions"]
+    found = evaluate(*words, "--out", tmp_path / "extra")["corruptions", "test"]
+    assert "0 of the benchmark's 15" in found["how"]["source"]
 
 
-def test_arrays_of_other_classes_are_refused(
-    words: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_arrays_of_other_classes_are_refused(words: list[object], tmp_path: Path) -> None:
     """Their labels name no classes: before anything is measured, whether named by itself or as another test set."""
     published_arrays(tmp_path / "arrays", ["fog"], np.arange(12, dtype=np.uint8) % 3)
     for flags in (
         ["--parts", "corruptions", "--corruptions_dir", tmp_path / "arrays"],
         ["--shift", f"C={tmp_path}/arrays"],
     ):
-        assert evaluate(*words, *flags, "--out", tmp_path / "out")[0] == 2
-        error = capsys.readouterr().err
+        error = refused(*words, *flags, "--out", tmp_path / "out", code=2)
         assert "name no classes" in error
         assert "blue, green, red" in error
-        assert error.count("\n") == 1
         assert not (tmp_path / "out").exists()
 
 
@@ -490,32 +515,24 @@ def test_arrays_go_with_the_classes_of_cifar_alone(tmp_path: Path) -> None:
     assert sorted(CIFAR100) == CIFAR100  # as its labels count them
 
 
-def test_damaged_arrays_are_refused(
-    words: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_arrays_are_refused(words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CLASSES_OF_ARRAYS, "ours", [*CLASSES])
     folder = tmp_path / "arrays"
     words = [*words, "--parts", "corruptions", "--corruptions_dir", folder, "--out", tmp_path / "out"]
 
-    def refused(code: int, message: str) -> None:
-        assert evaluate(*words)[0] == code
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
-
-    refused(2, "labels.npy")
+    assert "labels.npy" in refused(*words, code=2)
     labels = np.arange(10, dtype=np.uint8) % 3
     published_arrays(folder, ["fog"], labels)
     whole = (folder / "fog.npy").read_bytes()
     (folder / "fog.npy").write_bytes(whole[:-100])
-    refused(1, "fog.npy")
+    assert "fog.npy" in refused(*words, code=1)
     np.save(folder / "fog.npy", np.zeros((50, 16, 16, 3), np.uint8))
-    refused(1, "(50, 16, 16, 3)")
+    assert "(50, 16, 16, 3)" in refused(*words, code=1)
     np.save(folder / "fog.npy", np.array([{}] * 50, dtype=object), allow_pickle=True)
-    refused(1, "fog.npy")
+    assert "fog.npy" in refused(*words, code=1)
     for other in (labels + 1, labels % 2):
         np.save(folder / "labels.npy", np.tile(other, 5))
-        refused(1, "3 classes")
+        assert "3 classes" in refused(*words, code=1)
 
 
 @pytest.mark.parametrize(
@@ -530,19 +547,11 @@ def test_damaged_arrays_are_refused(
         (1, "--checkpoint README.md", "README.md"),
     ],
 )
-def test_bad_arguments_are_refused_in_one_line(
-    code: int, words: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
-    assert evaluate("--ngpu", 0, *words.split())[0] == code
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+def test_bad_arguments_are_refused_in_one_line(code: int, words: str, message: str) -> None:
+    assert message in refused("--ngpu", 0, *words.split(), code=code)
 
 
-def test_damaged_checkpoints_are_refused(
-    small_run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_checkpoints_are_refused(small_run: Path, images: Path, tmp_path: Path) -> None:
     content = (small_run / "checkpoint.pth.tar").read_bytes()
     (tmp_path / "cut.pth.tar").write_bytes(content[: len(content) // 2])
     state = torch.load(small_run / "checkpoint.pth.tar", weights_only=True)
@@ -558,11 +567,9 @@ def test_damaged_checkpoints_are_refused(
         ("body.pt", "no classifier"),
         ("nan.pt", "not finite"),
     ):
-        assert evaluate("--checkpoint", tmp_path / name, *flags, "--ngpu", 0, "--out", tmp_path / "out")[0] == 1
-        error = capsys.readouterr().err
+        error = refused("--checkpoint", tmp_path / name, *flags, "--ngpu", 0, "--out", tmp_path / "out", code=1)
         assert name in error
         assert message in error
-        assert error.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------------ other test sets
@@ -595,66 +602,45 @@ def other_sets(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_other_test_sets(
-    words: list[object], images: Path, other_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from scripts import evaluate as script
-
-    figures, save = [], script.save
-
-    def kept(job: Any, figure: Any, ending: str) -> None:
-        figures.extend([figure] * (ending == "_shift.png"))
-        save(job, figure, ending)
-
-    monkeypatch.setattr(script, "save", kept)
-    named = {
-        "all": images,
-        "some": other_sets / "some",
-        "arrays": other_sets / "arrays",
-        "corrupted": other_sets / "corrupted",
-    }
+def test_other_test_sets(words: list[object], images: Path, other_sets: Path, tmp_path: Path) -> None:
+    named = {name: other_sets / name for name in ("some", "arrays", "corrupted")} | {"all": images}
     shifts = [word for name, path in named.items() for word in ("--shift", f"{name}={path}")]
-    code, found = evaluate(*words, "--parts", "calibration", *shifts, "--out", tmp_path)
-    assert code == 0
-    clean, sets = found["clean"], found["shift"]
-    same = {"images": 24, "classes": 3, "top1": clean["top1"], "own_top1": clean["top1"], "drop": 0, "corruptions": 0}
+    found = evaluate(*words, *shifts, "--parts", "calibration", "fgsm", "--eps", 2, "--out", tmp_path)
+    clean = found["clean", "test"]
     for name in ("all", "arrays"):
-        assert {key: sets[name][key] for key in same} == pytest.approx(same)
-        assert sets[name]["ece"] == pytest.approx(found["calibration"]["ece"])
-    assert sets["all"]["digest"] == sets["arrays"]["digest"]
+        for part in ("clean", "calibration", "fgsm"):
+            other, own = found[part, name], found[part, "test"]
+            assert other["how"] == own["how"]
+            assert other["numbers"] == own["numbers"] | ({"drop": 0} if part == "clean" else {})
+    assert found["clean", "all"]["digest"] == found["clean", "arrays"]["digest"] == clean["digest"]
     # some: of the network's answers, those on 16 images; a class that it does not know is left out
-    right = np.array(clean["confusion"]).diagonal()[[0, 2]].sum()
-    assert (sets["some"]["images"], sets["some"]["classes"]) == (16, 2)
-    assert sets["some"]["top1"] == sets["some"]["own_top1"] == pytest.approx(100 * right / 16)
+    right = np.array(clean["detail"]["confusion"]).diagonal()[[0, 2]].sum()
+    some = found["clean", "some"]
+    assert some["how"] == {"images": 16, "classes": 2}
+    assert some["numbers"]["top1"] == pytest.approx(100 * right / 16)
+    assert some["numbers"]["drop"] == pytest.approx(0)
     # corrupted: the mean over severities of the benchmark's corruptions, here fog; black images are all one class
-    each = sets["corrupted"]["top1_of_each"]
-    assert each["fog"] == each["saturate"] == pytest.approx([clean["top1"]] * 2 + [100 / 3] * 3)
-    assert sets["corrupted"]["top1"] == pytest.approx((2 * clean["top1"] + 100) / 5)
-    assert (sets["corrupted"]["images"], sets["corrupted"]["corruptions"]) == (240, 1)
-    assert sets["corrupted"]["drop"] == pytest.approx(clean["top1"] - sets["corrupted"]["top1"])
-    text = (tmp_path / "checkpoint.md").read_text()
-    assert f"| some | 16 | 2 of 3 | {sets['some']['top1']:.2f} | {sets['some']['top1']:.2f} | 0.00 |" in text
-    assert "](checkpoint_shift.png)" in text
+    corrupted, top1 = found["clean", "corrupted"], clean["numbers"]["top1"]
+    each = corrupted["detail"]["top1_of_each"]
+    assert each["fog"] == each["saturate"] == pytest.approx([top1] * 2 + [100 / 3] * 3)
+    assert corrupted["how"] == {"images": 240, "classes": 3, "corruptions": 1, "source": "published images"}
+    mean = (2 * top1 + 100) / 5
+    assert corrupted["numbers"] == pytest.approx({"top1": mean, "drop": top1 - mean})
+    assert ("calibration", "corrupted") in found
+    assert ("fgsm", "corrupted") not in found
+    text = (tmp_path / "results.md").read_text()
+    assert re.findall("^## (.*)", text, re.MULTILINE) == ["test", "all", "arrays", "corrupted", "some"]
+    assert "0.00 points below the in-distribution test set" in text
     with Image.open(tmp_path / "checkpoint_shift.png") as picture:
         assert min(picture.size) > 200
-    (figure,) = figures
-    own, this = ([bar.get_height() for bar in figure.axes[0].containers[i].patches] for i in range(2))
-    assert own == [of["own_top1"] for of in sets.values()]
-    assert this == [of["top1"] for of in sets.values()]
-    # a later call adds a set, and measures one anew; --images is of corrupted sets
-    again = [
-        "--shift",
-        f"arrays={images / 'test'}",
-        "--shift",
-        f"few={other_sets / 'corrupted' / 'fog' / '1'}",
-        "--images",
-        2,
-    ]
-    _, later = evaluate(*words, "--parts", "clean", *again, "--out", tmp_path)
-    assert [*later["shift"]] == ["all", "some", "arrays", "corrupted", "few"]
-    assert later["shift"]["arrays"]["path"] == str(images / "test")
-    assert later["shift"]["some"] == sets["some"]
-    assert later["shift"]["few"]["images"] == 24
+
+
+@pytest.mark.parametrize(("drop", "words"), [(15.0, "15.00 points below"), (-15.0, "15.00 points above")])
+def test_a_drop_is_said_without_a_sign(drop: float, words: str) -> None:
+    from scripts.evaluate import text_of
+
+    text = text_of({"part": "clean", "numbers": {"top1": 50.0, "drop": drop}, "how": {"images": 1000}})
+    assert text == f"top-1 50.00%, {words} the in-distribution test set (1,000 images)"
 
 
 def test_classes_may_be_named_after_numbers(tmp_path: Path) -> None:
@@ -689,9 +675,7 @@ def test_published_arrays_may_be_another_test_set(tmp_path: Path) -> None:
         assert np.array_equal(split.images.permute(0, 2, 3, 1), images[rows])
 
 
-def test_other_test_sets_that_do_not_fit_are_refused(
-    words: list[object], other_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_test_sets_that_do_not_fit_are_refused(words: list[object], other_sets: Path, tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     np.save(tmp_path / "broken" / "x_data.npy", np.zeros((4, 32, 32, 3), np.uint8))
     np.save(tmp_path / "broken" / "x_labels.npy", np.array([{}] * 4, dtype=object), allow_pickle=True)
@@ -721,33 +705,10 @@ def test_other_test_sets_that_do_not_fit_are_refused(
         (1, f"x={tmp_path / 'few_data.npy'}", "not those of 3 classes"),
         (1, f"x={tmp_path / 'partial'}", "needs the severities 1 to 5"),
     ):
-        assert evaluate(*words, "--parts", "clean", "--shift", shift, "--out", tmp_path / "out")[0] == code, shift
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
-    assert evaluate(*words, "--shift", "a=x", "--shift", "a=y", "--out", tmp_path / "out")[0] == 2
-    assert "two sets 'a'" in capsys.readouterr().err
-
-
-def test_results_of_another_test_set_are_set_aside(
-    words: list[object], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One pixel of one image is enough."""
-    other = tmp_path / "other"
-    shutil.copytree(images, other)
-    path = other / "test" / "blue" / "0.png"
-    pixels = np.array(Image.open(path))
-    pixels[0, 0, 0] ^= 1
-    Image.fromarray(pixels).save(path)
-    out = ["--out", tmp_path / "out"]
-    _, first = evaluate(*words, "--parts", "calibration", "--shift", f"x={images}", *out)
-    before = (tmp_path / "out" / "checkpoint.json").read_bytes()
-    assert "is not the one" not in capsys.readouterr().out
-    _, second = evaluate(*words, "--data_dir", other, "--parts", "clean", *out)
-    assert f"{path.parents[2]} is not the one" in capsys.readouterr().out
-    assert first["test_digest"] != second["test_digest"]
-    assert not {"calibration", "shift"} & second.keys()
-    assert [path.read_bytes() for path in (tmp_path / "out").glob("checkpoint.json.old-*")] == [before]
+        out = ["--parts", "clean", "--shift", shift, "--out", tmp_path / "out"]
+        assert message in refused(*words, *out, code=code), shift
+    for name in ("a", "test"):
+        assert f"two sets '{name}'" in refused(*words, "--shift", f"{name}=x", "--shift", f"{name}=y", code=2)
 
 
 def test_main_and_this_script_have_the_same_flags() -> None:

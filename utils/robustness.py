@@ -17,7 +17,6 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torch import Tensor, nn
 
-from mixup.sage import gaussian_blur
 from mixup.saliency import saliency_pass
 
 SEVERITIES = 5
@@ -80,7 +79,7 @@ def _corrupt(images: Tensor, name: str, strength: float, generator: torch.Genera
         pixels = pixels.masked_fill(chance < strength, 1.0).masked_fill(chance < strength / 2, 0.0)
     elif name == "gaussian_blur":
         sigma = strength * scale
-        pixels = gaussian_blur(pixels.flatten(0, 1), 2 * math.ceil(3 * sigma) + 1, sigma).view_as(pixels)
+        pixels = TF.gaussian_blur(pixels, [2 * math.ceil(3 * sigma) + 1] * 2, [sigma] * 2)
     elif name == "zoom_blur":
         zooms = torch.linspace(1, strength, 8).tolist()
         bilinear = TF.InterpolationMode.BILINEAR
