@@ -73,12 +73,12 @@ train() { # train EPOCHS; what RUN_ARGS says counts
     --ngpu $([ "$device" = cuda ] && echo 1 || echo 0) ${RUN_ARGS:-}
 }
 
-benchmark=("$PYTHON" scripts/benchmark.py --device "$device" --methods vanilla sage)
+benchmark=("$PYTHON" scripts/benchmark.py --device "$device" --parts)
 # shellcheck disable=SC2086
 {
-  part search 20 "${benchmark[@]}" --parts search ${SEARCH_ARGS:---search_sizes 32} --out "$work/search.json"
-  part steps 30 "${benchmark[@]}" --parts steps ${STEPS_ARGS:-} --out "$work/steps.json"
-  part steps_fast 90 "${benchmark[@]}" --parts steps --fast ${STEPS_ARGS:-} --out "$work/steps_fast.json"
+  part search 20 "${benchmark[@]}" search ${SEARCH_ARGS:---search_sizes 32} --out "$work/search.json"
+  part steps 30 "${benchmark[@]}" steps --methods vanilla sage ${STEPS_ARGS:-} --out "$work/steps.json"
+  part steps_fast 90 "${benchmark[@]}" steps --methods vanilla sage --fast ${STEPS_ARGS:-} --out "$work/steps_fast.json"
   first=$(cat "$work/epochs" 2>/dev/null || echo "$epochs")
   train "$first" || [ "$(cat "$work/epochs" 2>/dev/null)" != "$shorter" ] || [ "$first" = "$shorter" ] || train "$shorter"
   part tests "$(left)" "$PYTHON" -m pytest -o addopts= -q -rfE ${TESTS:-$(ls tests/test_devices.py tests/test_graph.py 2>/dev/null)}

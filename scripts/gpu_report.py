@@ -48,8 +48,9 @@ def benchmarks(folder: Path) -> str:
         for label, row in content.get("steps", {}).items():
             mode = " --fast" if name == "steps_fast" else ""
             lines.append(f"- step of {label}{mode}: {row['median_ms']:.2f} ms, {row['ratio']:.2f} × vanilla")
-        for count, ms in content.get("search", {}).get("candidates", {}).items():
-            lines.append(f"- search of a batch among {count} offsets: {ms:.2f} ms")
+        for label, line in content.get("search", {}).get("pixels", {}).items():
+            times = ", ".join(f"{1000 * ms:.1f} µs at {pixels} pixels" for pixels, ms in line["ms_per_pair"].items())
+            lines.append(f"- search of one pair, {label}: {times}")
     return "\n".join(lines)
 
 
