@@ -1,4 +1,4 @@
-"""Three images, and what every method that mixes images makes of them, in one row.
+"""Three images, and below them what every method that mixes images makes of them.
 
     python3 scripts/compare.py --image_size 224 --seed 1     # the README's figure, of the photographs named below
     python3 scripts/compare.py cat.jpg dog.jpg bird.jpg --out animals.pdf
@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import colormaps
+from matplotlib import colormaps, rcdefaults
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -53,7 +53,9 @@ from utils.files import atomic_write
 from utils.options import Parser, number, one_of
 
 SIDE = 32  # images are cropped to multiples of it; without a network, SAGE's blur is a pixel of images of this side
-TILE = 224  # smaller images are enlarged to about this many pixels in the picture
+GAP = 6  # pixels between images
+WIDTH, STRIP_TILE = 900, 112  # pixels at which the picture and an image of a strip are shown
+TEXT = 12.5  # pixels
 
 
 class Sources(NamedTuple):
@@ -90,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Read, mix and plot what the arguments say."""
+    """Read, mix and plot what the arguments say, whatever the user's matplotlibrc is."""
+    rcdefaults()
     check(args)
     sources = read_sources(args)
     network, origin = make_network(sources, args)
@@ -103,7 +106,7 @@ def compare(args: argparse.Namespace) -> int:
                 print(args.strips / f"{name}.png")
     else:
         shown = {n: r if r and r.image.ndim == 3 and r.shares.max() < 1 else None for n, r in shown.items()}
-        save(row(sources, origin, {name: result for name, result in shown.items() if result}), args.out)
+        save(rows(sources, origin, {n: r for n, r in shown.items() if r}), args.out)
         print(args.out)
     if left_out := [METHODS[name].title for name, result in shown.items() if result is None]:
         print(f"left out, having no mixed images: {', '.join(left_out)}", file=sys.stderr)
@@ -117,15 +120,19 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("images", nargs="*", type=Path, help="three PNG, JPEG or WebP files")
     add("--dataset", type=one_of(load_data.DATASETS), help="instead: three random test images of different classes")
-    add("--data_dir", default=".", help="where that data set is (default: %(default)s)")
-    add("--image_size", type=number(int, low=SIDE), help="side to bring images to; by default they keep their own")
+    add("--data_dir", help="where that data set is (default: .)")
+    add(
+        "--image_size",
+        type=number(int, low=SIDE),
+        help="side to bring images to (default: their own)",
+    )
     add("--checkpoint", type=Path, help="of this project or published; its network gives the saliency")
-    add("--arch", type=one_of(ARCHITECTURES), help="of a checkpoint that does not name it")
+    add("--arch", type=one_of(ARCHITECTURES), help="network of a --checkpoint that does not name it")
     add("--trained_on", type=one_of(tuple(NORMALISATION)), help="data set of a checkpoint that does not name it")
     add("--lam", type=number(float, low=0, high=1), default=0.5, help="share of the first image (default: %(default)s)")
     add("--seed", type=number(int, low=0), default=0, help="of the random choices (default: %(default)s)")
-    add("--out", type=Path, default=Path("figures/comparison.png"), help="PNG, PDF or SVG (default: %(default)s)")
-    add("--strips", type=Path, metavar="FOLDER", help="instead of the row: a picture of each method into this folder")
+    add("--out", type=Path, help="PNG, PDF or SVG (default: figures/comparison.png)")
+    add("--strips", type=Path, metavar="FOLDER", help="instead: a picture of each method into this folder")
     return parser
 
 
@@ -135,6 +142,12 @@ def check(args: argparse.Namespace) -> None:
         raise BadArguments(f"name three images, not {len(args.images)}")
     if args.images and args.dataset:
         raise BadArguments("name three images or a --dataset, not both")
+    unused = {"--data_dir": args.data_dir and not args.dataset, "--out": args.out and args.strips}
+    unused |= {"--image_size": args.image_size and args.dataset not in (None, "folder")}
+    unused |= {f"--{name}": getattr(args, name) and not args.checkpoint for name in ("arch", "trained_on")}
+    if dropped := [flag for flag, is_unused in unused.items() if is_unused]:
+        raise BadArguments(f"{' and '.join(dropped)} would have no effect here: see --help")
+    args.data_dir, args.out = args.data_dir or ".", args.out or Path("figures/comparison.png")
     if args.out.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise BadArguments(f"--out {args.out} must end in .png, .pdf or .svg")
     if not args.strips and not args.out.absolute().parent.is_dir():
@@ -159,7 +172,7 @@ def read_sources(args: argparse.Namespace) -> Sources:
         if not height or not width:
             raise UserError(f"images of {data.image_size} are smaller than {SIDE}×{SIDE}")
         pixels = data.test.images[chosen, :, :height, :width].float() / 255
-        return Sources(pixels, [data.classes[label] for label in labels], labels, data.classes)
+        return Sources(pixels, [data.classes[label].capitalize() for label in labels], labels, data.classes)
     paths = args.images or [
         Path(str(resources.files("sklearn.datasets.images") / "china.jpg")),
         Path(str(resources.files("sklearn.datasets.images") / "flower.jpg")),
@@ -172,7 +185,7 @@ def read_sources(args: argparse.Namespace) -> Sources:
     if not height or not width:
         raise UserError(f"the smallest height and width of these images are below {SIDE} pixels")
     files = np.stack([images.read_image(str(path), height, width) for path in paths])
-    names = [path.stem.replace("_", " ") for path in paths]
+    names = [path.stem.replace("_", " ").title() for path in paths]
     return Sources(torch.from_numpy(files).permute(0, 3, 1, 2).float() / 255, names)
 
 
@@ -233,14 +246,14 @@ def make_network(sources: Sources, args: argparse.Namespace) -> tuple[PictureNet
         maps = fine_grained_saliency(to_bytes(sources.pixels)).clamp(min=1).float()  # no pixel has no weight at all
         torch.manual_seed(args.seed)
         untrained = PixelNetwork(build_model("preactresnet18", 10), (0, 0, 0), (1, 1, 1)).eval()
-        return PictureNetwork(untrained, torch.arange(3), None, maps), "saliency: fine-grained map"
+        return PictureNetwork(untrained, torch.arange(3), None, maps), "Saliency:\nfine-grained map"
     network, about = load_network(args.checkpoint, arch=args.arch, dataset=args.trained_on)
     side = min(about.image_size)
     labels = sources.labels
     if labels is None or args.dataset != about.dataset or sources.classes != (about.classes or sources.classes):
         with torch.no_grad():
             labels = network(at_side(sources.pixels, side)).argmax(dim=1)
-    origin = f"saliency: gradient of {about.arch} trained on {about.dataset or 'unnamed images'}"
+    origin = f"Saliency:\ngradient of {about.arch},\ntrained on {about.dataset or 'unnamed images'}"
     return PictureNetwork(network, labels, side), origin
 
 
@@ -296,7 +309,7 @@ def show(name: str, sources: Sources, network: PictureNetwork, args: argparse.Na
     if network.features is None:
         return None
     before, after = network.features
-    return Shown(after[0], shares, [Tile("features of a", before[0]), Tile("features of b", before[1])])
+    return Shown(after[0], shares, [Tile("Features of a", before[0]), Tile("Features of b", before[1])])
 
 
 def mix(method: Method, pixels: Tensor, network: PictureNetwork, rng: np.random.Generator) -> tuple[Mixed, Any]:
@@ -317,16 +330,16 @@ def tiles_of_pair(method: Method, sources: Sources, mixed: Mixed, lam: float) ->
     """From the first two images to the first mixed one."""
     if mixed.saliency is not None:
         a, b = (maps[0] for maps in mixed.saliency)
-        yield Tile("saliency of a", a)
-        yield Tile("saliency of b", b)
+        yield Tile("Saliency of a", a)
+        yield Tile("Saliency of b", b)
     if method.name == "saliencymix":
-        yield Tile("saliency of b", fine_grained_saliency(to_bytes(sources.pixels[1:2]))[0].float())
+        yield Tile("Saliency of b", fine_grained_saliency(to_bytes(sources.pixels[1:2]))[0].float())
     if mixed.mask is None or mixed.mask[0].min() == mixed.mask[0].max():
         return
     mask = mixed.mask[0]
     if method.name == "sage":  # A/(A + B') is its mask, so that both maps together are A over the mask
-        yield Tile("both, b moved", torch.where(mask > 0, lam * a / a.sum() / mask, 0))
-    yield Tile("weight of a", grey(mask))
+        yield Tile("Both, b moved", torch.where(mask > 0, lam * a / a.sum() / mask, 0))
+    yield Tile("Weight of a", grey(mask))
 
 
 def tiles_of_all(method: Method, mixed: Mixed, draws: Any) -> Iterator[Tile]:
@@ -334,14 +347,14 @@ def tiles_of_all(method: Method, mixed: Mixed, draws: Any) -> Iterator[Tile]:
     if mixed.saliency is None:
         return
     maps = mixed.saliency[0]
-    yield from (Tile(f"saliency of {name}", of) for name, of in zip("abc", maps, strict=True))
+    yield from (Tile(f"Saliency of {name}", of) for name, of in zip("abc", maps, strict=True))
     # the same assignment once more, of images of one colour
     colours = torch.eye(3)[:, :, None, None].repeat(1, 1, *maps.shape[1:])
     known = KnownSaliency(maps, method.num_classes)
     of_colours = method.mix(known, colours, torch.arange(3), draws)
     if of_colours.images is not None and torch.equal(of_colours.targets, mixed.targets):
         output = int(torch.special.entr(mixed.targets).sum(dim=1).argmax())
-        yield Tile("cells", of_colours.images[output], "a red\nb green\nc blue")
+        yield Tile("Cells", of_colours.images[output], "a red\nb green\nc blue")
 
 
 def grey(mask: Tensor) -> Tensor:
@@ -352,45 +365,47 @@ def grey(mask: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- plotting
 
 
-def row(sources: Sources, origin: str, results: dict[str, Shown]) -> Figure:
-    """The sources at the left, then every method's image over its target."""
-    tiles = [Tile(name, image) for name, image in zip(sources.names, sources.pixels, strict=True)]
-    made = [Tile(METHODS[name].title, mixed.image, target(sources, mixed)) for name, mixed in results.items()]
-    return plot(tiles, made, max(1, round(TILE / min(sources.pixels.shape[2:]))), origin)
+def rows(sources: Sources, origin: str, results: dict[str, Shown]) -> Figure:
+    """The sources, and below them every method's image over its target; twice as fine as it is shown."""
+    above = [Tile(name, image) for name, image in zip(sources.names, sources.pixels, strict=True)]
+    below = [Tile(METHODS[name].title, mixed.image, target(sources, mixed)) for name, mixed in results.items()]
+    return plot([above, below], (WIDTH - GAP) / max(3, len(below)) - GAP, dpi=200, note=origin)
 
 
 def strip(sources: Sources, mixed: Shown) -> Figure:
     """One method from its sources to its mixed image."""
-    made = Tile("mixed" if mixed.shares.max() < 1 else "unmixed", mixed.image, target(sources, mixed))
+    made = Tile("Mixed" if mixed.shares.max() < 1 else "Unmixed", mixed.image, target(sources, mixed))
     last = int(mixed.shares.nonzero().max()) + 1
     tiles = [Tile(f"{'abc'[i]}: {sources.names[i]}", sources.pixels[i]) for i in range(last)] if last > 1 else []
-    return plot([*tiles, *mixed.steps], [made], TILE / 2 / min(made.image.shape[-2:]))
+    return plot([[*tiles, *mixed.steps, made]], STRIP_TILE, dpi=100)
 
 
 def target(sources: Sources, mixed: Shown) -> str:
     """The target as text, a line a source."""
     percent = [round(100 * share) for share in mixed.shares.tolist()]
-    return "\n".join(f"{value} % {name}" for value, name in zip(percent, sources.names, strict=True) if value)
+    return "\n".join(f"{value}% {name}" for value, name in zip(percent, sources.names, strict=True) if value)
 
 
-def plot(left: Sequence[Tile], right: Sequence[Tile], scale: float, note: str = "") -> Figure:
-    """Two groups of tiles in one row; a pixel of the last tile is ``scale`` × ``scale`` of the picture's."""
-    height, width = (round(side * scale) for side in right[-1].image.shape[-2:])
-    gap, text = max(3, width // 40), max(10.0, width / 14)  # pixels
-    tiles = [*left, *right]
-    starts = [gap + (width + gap) * i + 3 * gap * (0 < len(left) <= i) for i in range(len(tiles))]
-    above, below = round(2 * text), round(1.5 * text + 1.35 * text * max(tile.caption.count("\n") for tile in tiles))
-    across, down = starts[-1] + width + gap, above + height + below
-    figure = Figure(figsize=(across / 100, down / 100), dpi=100)
-    style: dict[str, Any] = {"fontsize": 0.72 * text, "linespacing": 1.25}
-    for tile, start in zip(tiles, starts, strict=True):
-        axes = figure.add_axes((start / across, below / down, width / across, height / down), xticks=[], yticks=[])
-        axes.imshow(pixels_of(tile.image), interpolation="nearest" if scale >= 1 else "antialiased", aspect="auto")
-        axes.spines[:].set(color="0.6", linewidth=0.5)
-        middle = (start + width / 2) / across
-        figure.text(middle, (below + height + 0.5 * text) / down, tile.title, va="bottom", ha="center", **style)
-        figure.text(middle, (below - 0.3 * text) / down, tile.caption, va="top", ha="center", **style)
-    figure.text(gap / across, (below - 0.3 * text) / down, note, va="top", color="0.35", **style)
+def plot(tiles: Sequence[Sequence[Tile]], width: float, dpi: int, note: str = "") -> Figure:
+    """Rows of tiles, each row in the middle. ``width`` of a tile: pixels at 100 dpi; ``note``: at the top left."""
+    height = width * tiles[0][0].image.shape[-2] / tiles[0][0].image.shape[-1]
+    lines = [max(tile.caption.count("\n") + bool(tile.caption) for tile in row) for row in tiles]
+    heights = [1.8 * TEXT + height + (0.5 + 1.3 * count) * TEXT for count in lines]
+    across, down = max(map(len, tiles)) * (width + GAP) + GAP, sum(heights)
+    figure = Figure(figsize=(across / 100, down / 100), dpi=dpi)
+    style: dict[str, Any] = {"fontsize": 0.72 * TEXT, "linespacing": 1.25}
+    figure.text(GAP / across, 1 - 0.4 * TEXT / down, note, va="top", color="0.35", **style)
+    for i, row in enumerate(tiles):
+        top = down - sum(heights[:i]) - 1.8 * TEXT
+        for j, tile in enumerate(row):
+            left = (across - len(row) * (width + GAP) + GAP) / 2 + j * (width + GAP)
+            axes = figure.add_axes((left / across, (top - height) / down, width / across, height / down))
+            axes.set(xticks=[], yticks=[])
+            axes.imshow(pixels_of(tile.image), aspect="auto")
+            axes.spines[:].set(color="0.6", linewidth=0.5)
+            middle = (left + width / 2) / across
+            figure.text(middle, (top + 0.6 * TEXT) / down, tile.title, va="baseline", ha="center", **style)
+            figure.text(middle, (top - height - 0.4 * TEXT) / down, tile.caption, va="top", ha="center", **style)
     return figure
 
 

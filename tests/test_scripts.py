@@ -54,12 +54,11 @@ def test_compare_mixes_any_three_images(checkpoint: Path, tmp_path: Path) -> Non
         run("compare.py", *images, "--out", tmp_path / out, *published)
     picture = pixels(tmp_path / "one.png")
     assert np.array_equal(picture, pixels(tmp_path / "two.png"))  # one seed, one picture
-    assert picture.shape[1] > 9 * 96
-    # the sources at the left, as they are; then half red and half green
-    middle = picture[picture.shape[0] // 3]
-    for colour in colours:
-        assert (abs(middle - colour).max(axis=1) <= 6).sum() > 96
-    assert (abs(middle - (127, 127, 3)).max(axis=1) <= 6).sum() > 96
+    assert picture.shape[1] == 2 * 900  # twice as fine as it is shown
+    above, below = picture[picture.shape[0] // 4], picture[picture.shape[0] * 2 // 3]
+    for colour in colours:  # the sources as they are; below them half red and half green
+        assert (abs(above - colour).max(axis=1) <= 6).sum() > 200
+    assert (abs(below - (127, 127, 3)).max(axis=1) <= 6).sum() > 200
 
 
 def test_compare_draws_a_strip_of_each_method(tmp_path: Path) -> None:
@@ -99,6 +98,9 @@ def test_compare_takes_images_of_a_dataset(tmp_path: Path) -> None:
         (2, "--dataset cifar", "did you mean cifar10"),
         (2, "--out picture.bmp", "picture.bmp"),
         (2, "--out nowhere/picture.png", "nowhere"),
+        (2, "--dataset cifar10 --image_size 64", "--image_size would have no effect"),
+        (2, "--data_dir here --arch wrn16_8", "--data_dir and --arch would have no effect"),
+        (2, "--strips here --out picture.png", "--out would have no effect"),
         (1, "nowhere/a.png b.png c.png", "nowhere/a.png"),
         (1, "--checkpoint nowhere.pth.tar", "nowhere.pth.tar"),
         (1, "--checkpoint PUBLISHED --trained_on cifar10", "does not say its network's arch"),
@@ -124,32 +126,15 @@ def test_benchmark_measures_every_method(tmp_path: Path) -> None:
     words = "--arch preactresnet18 --initial_channels 2 --batch_size 4 --repeats 1 --threads 1 --search_sizes 8 32"
     done = run("benchmark.py", *words.split(), "--out", tmp_path / "b.json", "--plot", tmp_path / "b.png")
     result = json.loads((tmp_path / "b.json").read_text())
-    assert {label.split(",")[0] for label in result["mixing"]} == set(METHODS) - {"vanilla"}
+    assert {label.split(",")[0] for label in result["mixing"]} == set(METHODS) - {"vanilla", "manifold"}
     assert {f"puzzle, {n} blocks a side" for n in (2, 4, 8, 16)} <= result["mixing"].keys()
     assert {label.split(",")[0] for label in result["steps"]} == set(METHODS)
     assert result["steps"]["vanilla"]["ratio"] == 1
-    assert all(row["median_ms"] >= row["min_ms"] > 0 for row in (result["mixing"] | result["steps"]).values())
-    assert all(0 < row["share_of_peak"] < 1 for row in result["steps"].values())
+    assert all(row["median_ms"] > 0 for row in (result["mixing"] | result["steps"]).values())
     assert result["search"]["pixels"]["all offsets"]["ms_per_pair"].keys() == {"64", "1024"}
     assert {"cpu", "threads", "torch"} <= result["machine"].keys()
     assert "| × vanilla |" in done.stdout
     assert pixels(tmp_path / "b.png").std() > 0
-
-
-def test_benchmark_counts_the_operations_of_all_passes() -> None:
-    """Forward and backward are three times the forward pass, but for the first layer's gradient in the pixels."""
-    from scripts import benchmark
-    from scripts.benchmark import build_method
-
-    args = benchmark.make_parser().parse_args(["--initial_channels", "8"])
-    vanilla, sage, puzzle = (
-        benchmark.operations(args, build_method(name, "cifar10", 10, **settings))
-        for name, settings in (("vanilla", {}), ("sage", {"update_ratio": 0.7, "rand_pos": 0.01}), ("puzzle", {}))
-    )
-    first = 2 * 32 * 32 * 8 * 3 * 9
-    forward = (vanilla + first) / 3
-    assert sage == 2 * vanilla + first + 2 * 5 * 32 * (36 + 32)  # the blur
-    assert puzzle == vanilla + 2 * forward
 
 
 def test_benchmark_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
@@ -166,7 +151,6 @@ def test_benchmark_measures_what_it_is_asked_for(tmp_path: Path) -> None:
     assert result["steps"].keys() == {"vanilla", "cutmix"}
     assert "mixing" not in result
     assert result["settings"]["fast"] is True
-    assert all(0 < row["share_of_peak"] < 1 for row in result["steps"].values())
 
 
 @pytest.mark.parametrize(
@@ -174,7 +158,9 @@ def test_benchmark_measures_what_it_is_asked_for(tmp_path: Path) -> None:
     [
         ("--methods sagee", "did you mean sage"),
         ("--batch_size 0", "--batch_size"),
-        ("--parts steps --plot search.png", "--plot"),
+        ("--parts steps --plot search.png", "--plot is for the search"),
+        ("--parts search --methods sage", "--methods is for the mixing and steps"),
+        ("--parts mixing --fast", "--fast is for the steps"),
         ("--out nowhere/b.json", "nowhere"),
         ("--device tpu", "--device"),
     ],
@@ -191,31 +177,22 @@ def test_benchmark_refuses_in_one_line(words: str, message: str, capsys: pytest.
 
 
 @pytest.mark.parametrize("method", ["sage", "vanilla"])
-def test_more_offsets_keep_more_of_the_score(tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str) -> None:
+def test_more_offsets_keep_more_of_the_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     from scripts import study_offsets
 
+    monkeypatch.setattr(study_offsets, "BATCHES", 1)
     torch.manual_seed(0)
     settings = {"dataset": "digits", "arch": "preactresnet18", "initial_channels": 2, "method": method}
     weights = build_model("preactresnet18", 10, initial_channels=2).state_dict()
     torch.save({"settings": settings, "state_dict": weights}, tmp_path / "c.pth.tar")
-    words = ["--checkpoint", tmp_path / "c.pth.tar", "--data_dir", tmp_path, "--pairs", 100, "--ngpu", 0]
-    words += ["--plot", tmp_path / "p.png", "--runs"]
-    tables = [ROOT / "results" / name / "runs.csv" for name in ("offsets_40", "low_data_80")]
-    assert study_offsets.main([*map(str, words), str(tables[0])]) == 0
-    said = capsys.readouterr().out
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if "%" in line and "|" in line
-    ]
-    assert [row[0] for row in rows[1:]] == ["1%", "10%", "100%"]
-    scores = [float(row[2]) for row in rows[1:]]
+    words = ["--checkpoint", tmp_path / "c.pth.tar", "--data_dir", tmp_path, "--ngpu", 0, "--plot", tmp_path / "p.png"]
+    said = run("study_offsets.py", *words).stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("| 1")]
+    assert [row[0] for row in rows] == ["1%", "10%", "100%"]
+    scores = [float(row[1]) for row in rows]
     assert scores == sorted(scores)
     assert scores[0] < scores[2] == 1
-    assert all(len(row[-1].split(",")) == 3 for row in rows[1:])
-    assert float(said.split("at most ")[1].split()[0]) < 1e-6
     assert pixels(tmp_path / "p.png").std() > 0
-
-    assert study_offsets.main([*map(str, words), *map(str, tables)]) == 1
-    assert "differ in more than --rand_pos and seed" in capsys.readouterr().err
 
 
 def test_compare_takes_labels_of_the_classes_that_were_learnt(
@@ -295,19 +272,35 @@ def test_help_on_a_terminal_without_greek() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "error"),
+    ("seconds", "environment", "error"),
     [
-        *(("MINUTES", minutes, f"MINUTES={minutes} is not a whole number from 1 to 9999")
-          for minutes in ("half", "2.5", "0", "-3", "09", "9 9", "123456")),
-        ("PARTS", "tests trian", "PARTS has trian; give some of benchmark, tests, train"),
-        ("PARTS", " ", "PARTS is empty; give some of benchmark, tests, train"),
-        ("DEVICE", "gpu", "DEVICE=gpu is neither cuda nor cpu"),
+        *((seconds, {}, f"{seconds} is not a whole number") for seconds in ("half", "2.5", "-3", "09", "9 9")),
+        ("60", {"EPOCHS": "many"}, "many is not a whole number"),
+        ("60", {"DEVICE": "gpu"}, "DEVICE=gpu is neither cuda nor cpu"),
     ],
-)  # fmt: skip
-def test_gpu_check_refuses_what_it_does_not_know(tmp_path: Path, name: str, value: str, error: str) -> None:
+)
+def test_gpu_check_refuses_what_it_does_not_know(
+    tmp_path: Path, seconds: str, environment: dict[str, str], error: str
+) -> None:
     done = subprocess.run(
-        ["bash", "scripts/gpu_check.sh", tmp_path, tmp_path / "out"],
-        cwd=ROOT, env={**ENVIRONMENT, name: value}, capture_output=True, text=True, timeout=20,
+        ["bash", "scripts/gpu_check.sh", tmp_path, tmp_path / "out", seconds],
+        cwd=ROOT, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=20,
     )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {error}\n")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert error in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_gpu_report_needs_three_epochs_of_both_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from scripts import gpu_report
+
+    for name, second in (("vanilla", 2), ("sage", 4)):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        rows = "".join(f"{epoch},{second if epoch else 60},{50 + epoch}\n" for epoch in range(3))
+        (tmp_path / "runs" / name / "metrics.csv").write_text("epoch,seconds,test_top1\n" + rows)
+        enough = name == "sage"
+        assert gpu_report.main([str(tmp_path), "103"]) == int(not enough)
+    # 400 s if neither slows the other, 300 s if both share one device; and 5% for what is not an epoch's
+    assert capsys.readouterr().out == f"{round(1.05 * 350)}\n"
+    assert gpu_report.main([str(tmp_path)]) == 0
+    assert "- sage: 3 epochs, 4.00 s an epoch; test accuracy 52.00%" in capsys.readouterr().out
