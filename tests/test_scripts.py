@@ -207,7 +207,7 @@ def test_compare_takes_labels_of_the_classes_that_were_learnt(
     weights = build_model("preactresnet18", 2, initial_channels=2).state_dict()
     settings = {"dataset": "folder", "arch": "preactresnet18", "initial_channels": 2, "image_size": 32}
     good = {"settings": settings, "state_dict": weights, "classes": ["dark", "light"]}
-    good |= {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+    good |= {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "image_size": (32, 32)}
     words = ["--dataset", "folder", "--data_dir", tmp_path, "--image_size", 32, "--out", tmp_path / "p.png"]
     for content in (good, {**good, "state_dict": []}, {**good, "settings": 1}, {**good, "settings": {"arch": "vgg"}}):
         torch.save(content, tmp_path / "c.pth")
