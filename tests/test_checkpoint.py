@@ -82,7 +82,7 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) ->
 
 
 class AverageMeter:
-    """What published training code pickles beside the weights."""
+    """What published training code pickles next to the weights."""
 
     def __init__(self) -> None:
         self.values = np.arange(3.0)
@@ -181,6 +181,15 @@ def test_weights_of_other_loops_open(nest: list[str], prefix: str) -> None:
     for name in nest:
         weights = {"epoch": 3, name: weights}
     assert checkpoint.weights_of(weights, "a.pth").keys() == {"fc.weight", "fc.bias"}
+
+
+def test_keys_of_other_loops_are_not_taken_for_a_runs() -> None:
+    """``classes``, ``settings`` and ``image_size`` may mean anything in a file that this project did not write."""
+    model, state = published("preactresnet18")
+    state |= {"classes": None, "settings": checkpoint.Inert(), "image_size": "large", "mean": 3}
+    network, about = checkpoint.network_of(state, "a.pth", {"arch": "preactresnet18", "dataset": "cifar100"})
+    assert_same_logits(network, model, 32, 32)
+    assert (about.classes, about.settings, about.mean) == (None, {}, MEAN)
 
 
 def test_a_file_without_weights_names_its_keys() -> None:

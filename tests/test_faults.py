@@ -328,7 +328,7 @@ def test_folder_deleted_and_made_again_by_another_run(
 
     def replace() -> None:
         if not (folder / "result.json").exists():
-            shutil.rmtree(folder)
+            folder.rename(tmp_path / "deleted")  # as a whole: the run may be adding a file at this moment
             shutil.copytree(whole, folder)
 
     call_before(monkeypatch, "utils.train:step_generator", replace)
@@ -447,7 +447,7 @@ def test_without_its_config_a_run_still_knows_its_settings(words: list[object], 
     assert "--decay: 0.0001 there, 0.5 here" in said
 
 
-# ------------------------------------------------------------------------------------- what a run is, and what goes on
+# --------------------------------------------------------------------------------- what a run is, and what continues it
 
 
 @pytest.mark.parametrize(

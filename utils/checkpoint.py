@@ -125,7 +125,7 @@ def state_of(run: Run) -> dict[str, Any]:
 
 
 def copied(value: Any, into: Any) -> Any:
-    """The same with tensors of its own, on their devices: those of an earlier copy, ``into``, where there is one."""
+    """The same with its own tensors, on their devices: those of an earlier copy, ``into``, where there is one."""
     if isinstance(value, Tensor):
         return into.copy_(value) if isinstance(into, Tensor) else value.detach().clone()
     if isinstance(value, Mapping):
@@ -423,7 +423,7 @@ def load_network(path: str | os.PathLike[str], **given: Any) -> tuple[PixelNetwo
 
 def network_of(state: dict[str, Any], path: str, given: dict[str, Any]) -> tuple[PixelNetwork, About]:
     """``load_network`` of a checkpoint that was read already."""
-    weights = weights_of(state, path)
+    weights, state = weights_of(state, path), of_a_run(state)
     with well_formed(path):
         about = about_of(state, weights, path, given)
         height, _ = pair(state.get("image_size") or about.image_size)
@@ -431,6 +431,11 @@ def network_of(state: dict[str, Any], path: str, given: dict[str, Any]) -> tuple
         model = build_model(about.arch, about.num_classes, stride_of(height), given.get("initial_channels", width))
     load_weights(model, weights, path, about.arch)
     return PixelNetwork(model, about.mean, about.std).eval(), about
+
+
+def of_a_run(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of this project; nothing of another, whose keys may mean anything."""
+    return state if "progress" in state else {}
 
 
 def about_of(state: dict[str, Any], weights: dict[str, Tensor], path: str, given: dict[str, Any]) -> About:
@@ -474,7 +479,8 @@ def network_and_images(args: argparse.Namespace, given: set[str]) -> tuple[Pixel
     """The network in ``args.resume``, the images that the flags name, normalised as the network's were, and what it was
     trained on. Settings that are not ``given`` become the checkpoint's."""
     path = args.resume
-    state = load(path)
+    content = load(path)
+    state = of_a_run(content)
     with well_formed(path):
         settings = dict(state.get("settings", {}))
         options.adopt(args, given, settings)
@@ -489,7 +495,7 @@ def network_and_images(args: argparse.Namespace, given: set[str]) -> tuple[Pixel
     data = options.load_images(args, given, image_size=size, test_only=True)
     measured = ("mean", "std") if len(data.train) else ()
     wanted |= {name: getattr(data, name) for name in ("image_size", *measured) if name not in state}
-    network, about = network_of(state, path, wanted)
+    network, about = network_of(content, path, wanted)
     refuse_other_classes(about.classes or data.classes, data.classes, path)
     if (about.digests or {}).get("test", data.digests["test"]) != data.digests["test"]:
         log.warning(f"warning: the test images of {data.source} are others than those of the run that {path} is of")

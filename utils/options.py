@@ -204,7 +204,7 @@ def find_problem(args: argparse.Namespace) -> str | None:
     if "/" in args.add_name or not args.add_name.isprintable():
         return f"--add_name {args.add_name!r} becomes part of a folder's name: printable, and no slash"
     if args.image_size and args.dataset != "folder":
-        return f"--image_size is for --dataset folder; {args.dataset} has a size of its own"
+        return f"--image_size is for --dataset folder; {args.dataset} images have one size"
     try:
         settings_for(args.method, args.dataset, **method_settings(args))
     except ValueError as error:

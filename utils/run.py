@@ -1,4 +1,4 @@
-"""A run: what it is, its folder, and the files it leaves there beside checkpoints and pictures."""
+"""A run: what it is, its folder, and the files it leaves there besides checkpoints and pictures."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Training:
 
 @dataclass
 class Progress:
-    """Where a run stands: everything a checkpoint holds beside weights and optimiser.
+    """Where a run stands: everything a checkpoint holds besides weights and optimiser.
 
     Attributes:
         epoch: the epoch in progress, or the next one, from 0.
