@@ -8,24 +8,21 @@ Settings that are not given are the checkpoint's; a published one (weights alone
 
 clean        top-1, top-5, cross-entropy, accuracy of each class, confusion matrix; always measured, on all images
 calibration  expected calibration error (ECE) and reliability diagram, on all images
-corruptions  top-1 error under each corruption at five severities, and their mean in %, not relative to another network
+corruptions  top-1 error under each corruption at five severities, and their mean, not relative to another network
 fgsm, pgd    top-1 accuracy under attacks on pixels in [0, 1], with the normalisation inside the network
 
---shift NAME=PATH, as often as you like, measures the same parts on another test set, and how far its accuracy is below
-that on the same classes of the in-distribution test set. PATH is an image tree <class>/ (or with test/ or val/ in it)
-of the same classes or some of them; CIFAR-10.1's cifar10.1_v6_data.npy (and _labels.npy) or their folder; or corrupted
-images as published, on which clean and calibration are means over corruptions and severities. The network may answer
-with any of its classes.
+--shift measures the same parts on another test set, and its accuracy's distance from that on the same classes of the
+in-distribution test set. PATH is an image tree <class>/ (or with test/ or val/ in it) of the network's classes or some
+of them; CIFAR-10.1's cifar10.1_v6_data.npy (and _labels.npy) or their folder; or corrupted images as published, on
+which clean and calibration are means over corruptions and severities.
 
 --corruptions_dir is a folder with the published CIFAR-10-C or CIFAR-100-C arrays or the tree of Tiny-ImageNet-C; they
 are also found as DATA/CIFAR-10-C and so on. Labels of arrays count the classes in the order of their names. The mean is
-over the 15 corruptions of the benchmark; its four extra ones are listed alongside. Without such a folder, corruptions
-are made here (utils/robustness.py lists them) and the results say so; they are not CIFAR-10-C's.
+over the 15 corruptions of the benchmark. Without such a folder corruptions are made here (utils/robustness.py).
 
 Each part appends a record to results.jsonl in --out: the numbers, how they were measured, the checkpoint's SHA-256 and
-the digest of the test set. Earlier records are never changed. results.md shows the newest of each; pictures are those
-of the newest call. The network runs in float32 (TF32 on GPUs that have it). The same flags and seed give the same
-corrupted images and starts on every device.
+the digest of the test set. Earlier records are never changed; results.md shows the newest of each. The network runs in
+float32 (TF32 on GPUs that have it). The same flags and seed give the same corrupted images and starts on every device.
 """
 
 from __future__ import annotations
@@ -186,9 +183,9 @@ def evaluate(args: argparse.Namespace, given: set[str]) -> int:
                 ((_, _, split),) = parts
                 measure(job, predicted(job, name, split, split_digest(split)), own=own)
     finally:
-        results = newest(read_records(args.out / "results.jsonl"))
-        plot_results(job, [record for record in results if record["sha256"] == sha256])
-        write_markdown(args.out, results)
+        if results := newest(read_records(args.out / "results.jsonl")):
+            plot_results(job, [record for record in results if record["sha256"] == sha256])
+            write_markdown(args.out, results)
     log.info(f"{args.out / 'results.md'}")
     return 0
 
@@ -197,11 +194,11 @@ def find_arrays(args: argparse.Namespace, data: Data) -> Path | None:
     """The folder of published images of these classes, where one was named or lies next to the images."""
     usual = Path(args.data_dir) / PUBLISHED.get(args.dataset, "")
     folder = args.corruptions_dir or (usual if args.dataset in PUBLISHED and usual.is_dir() else None)
-    if folder is not None and not test_sets.is_corrupted(folder):
-        raise BadArguments(
-            f"{folder} holds no labels.npy, which published arrays have, and no corruption/severity/class"
-        )
     if folder is not None:
+        if not test_sets.is_corrupted(folder):
+            raise BadArguments(
+                f"{folder} holds neither labels.npy, as published arrays do, nor corruption/severity/class"
+            )
         test_sets.refuse_unknown_arrays(folder, data.classes)
     return folder
 
@@ -335,33 +332,28 @@ def best_seen(images: Tensor) -> int:
 
 def attack(job: Job, on: TestSet, part: str) -> None:
     """Top-1 accuracy in % under an attack of each size."""
-    args = job.args
+    args, numbers = job.args, {}
     how = size_of(on.chosen) | {"seed": args.seed, "eps": args.eps}
     if part == "pgd":
         how |= {"steps": args.pgd_steps, "step_size": args.pgd_step_size, "restarts": args.pgd_restarts}
-    numbers = {f"{size:g}": attacked(job, on, part, size) for size in args.eps}
-    job.keep(part, on.name, on.digest, how, numbers, clean_top1=on.chosen_top1)
-
-
-def attacked(job: Job, on: TestSet, part: str, size: float) -> float:
-    """Accuracy under one attack, whose ``size`` is of 255."""
-    args, right = job.args, 0
     network = nn.Sequential(Normalize(job.data.mean, job.data.std), job.model)
-    step_size = args.pgd_step_size or 2.5 * size / args.pgd_steps
-    starts = range(0, len(on.chosen), args.batch_size)
-    for start in tqdm(starts, f"{on.name} {part} {size:g}/255", unit="batch", leave=False, disable=None):
-        pixels = on.chosen.images[start : start + args.batch_size].to(job.device).float() / 255
-        labels = on.chosen.labels[start : start + args.batch_size].to(job.device)
-        if part == "fgsm":
-            changed = fgsm(network, pixels, labels, size / 255)
-        else:
-            changed = pgd(
-                network, pixels, labels, size / 255, steps=args.pgd_steps, step_size=step_size / 255,
-                restarts=args.pgd_restarts, generator=torch.Generator().manual_seed(args.seed + start),
-            )  # fmt: skip
-        with torch.inference_mode():
-            right += int((network(changed).argmax(dim=1) == labels).sum())
-    return 100 * right / len(on.chosen)
+    for size in args.eps:
+        right, step_size = 0, args.pgd_step_size or 2.5 * size / args.pgd_steps
+        starts = range(0, len(on.chosen), args.batch_size)
+        for start in tqdm(starts, f"{on.name} {part} {size:g}/255", unit="batch", leave=False, disable=None):
+            pixels = on.chosen.images[start : start + args.batch_size].to(job.device).float() / 255
+            labels = on.chosen.labels[start : start + args.batch_size].to(job.device)
+            if part == "fgsm":
+                changed = fgsm(network, pixels, labels, size / 255)
+            else:
+                changed = pgd(
+                    network, pixels, labels, size / 255, steps=args.pgd_steps, step_size=step_size / 255,
+                    restarts=args.pgd_restarts, generator=torch.Generator().manual_seed(args.seed + start),
+                )  # fmt: skip
+            with torch.inference_mode():
+                right += int((network(changed).argmax(dim=1) == labels).sum())
+        numbers[f"{size:g}"] = 100 * right / len(on.chosen)
+    job.keep(part, on.name, on.digest, how, numbers, clean_top1=on.chosen_top1)
 
 
 def measure_corrupted(job: Job, name: str, parts: test_sets.Sets, own: TestSet) -> None:
@@ -420,7 +412,7 @@ def text_of(record: Record) -> str:
         named = {"top1": "top-1 {:.2f}%", "top5": "top-5 {:.2f}%", "loss": "cross-entropy {:.4f}"}
         words = [text.format(numbers[name]) for name, text in named.items() if name in numbers]
         if "drop" in numbers:
-            side = "below" if numbers["drop"] >= 0 else "above"
+            side = "below" if numbers["drop"] > -0.005 else "above"
             words.append(f"{abs(numbers['drop']):.2f} points {side} the in-distribution test set")
     elif part == "calibration":
         words = [f"ECE {numbers['ece']:.2f}%, mean confidence {numbers['confidence']:.2f}%"]
@@ -441,7 +433,9 @@ def write_markdown(folder: Path, records: Sequence[Record]) -> None:
     paragraphs = []
     for name in dict.fromkeys(record["checkpoint"] for record in reversed(records)):
         chapter = [record for record in records if record["checkpoint"] == name]
-        paragraphs.append(f"# {name}\n\nEpoch {chapter[-1]['epoch']}, SHA-256 `{chapter[-1]['sha256']}`")
+        paragraphs.append(
+            f"# {name}\n\nEpochs: {chapter[-1]['epoch'] or 'unknown'}. SHA-256: `{chapter[-1]['sha256']}`"
+        )
         for other in sorted({record["set"] for record in chapter}, key=lambda other: (other != "test", other)):
             paragraphs.append(f"## {other}")
             for record in sorted(chapter, key=lambda record: PARTS.index(record["part"])):

@@ -1,8 +1,4 @@
-"""What is measured of a trained network beside its accuracy: corrupted images, attacks, calibration.
-
-The corruptions are operations of PyTorch, torchvision and Pillow, which are well kept and here anyway. imagecorruptions
-needs pkg_resources and np.float_, which are gone; kornia or albumentations would be a dependency for a few functions.
-"""
+"""Corrupted images, attacks and calibration, with PyTorch, torchvision and Pillow alone."""
 
 from __future__ import annotations
 
@@ -43,16 +39,7 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
 
     Random choices depend on ``seed``, ``name`` and the position of an image, not on ``severity``.
 
-    Args:
-        images: [N, 3, H, W] uint8 on the CPU.
-        name: of ``CORRUPTIONS``.
-        severity: 1 to 5.
-
-    Returns:
-        uint8 [N, 3, H, W].
-
-    Raises:
-        ValueError: another name, severity, shape or type.
+    Takes and returns uint8 [N, 3, H, W] on the CPU. ``ValueError``: another name, severity (1 to 5), shape or type.
     """
     if name not in CORRUPTIONS or severity not in range(1, SEVERITIES + 1):
         raise ValueError(f"no corruption {name!r} of severity {severity}")
@@ -121,13 +108,12 @@ def fgsm(model: nn.Module, pixels: Tensor, labels: Tensor, eps: float) -> Tensor
     Examples", 2015).
 
     Args:
-        model: takes pixels in [0, 1] and normalises them itself; in the mode (eval) it is in.
-        pixels: [B, C, H, W], pixels in [0, 1].
+        model: of pixels in [0, 1], which it normalises itself; in the mode (eval) it is in.
+        pixels: [B, C, H, W] in [0, 1]; so is what is returned.
         labels: [B] int64, the true ones.
-        eps: largest change of a pixel in [0, 1].
+        eps: largest change of a pixel.
 
-    Returns:
-        [B, C, H, W], pixels in [0, 1]. An image whose gradient is zero everywhere is left as it is.
+    An image whose gradient is zero everywhere is left as it is.
     """
     sign, _ = _ascent(model, pixels, labels)
     return (pixels + eps * sign).clamp(0, 1)
@@ -150,15 +136,9 @@ def pgd(
     An image is done with as soon as it is misclassified, at first as it is, so that every start and every step can
     only add to those that are; starts are drawn for all images, so that those of few are the first of many.
 
-    Args:
-        model, pixels, labels, eps: as for ``fgsm``.
-        steps, restarts: at least 1.
-        step_size: change of a pixel in [0, 1].
-        generator: of the starts, on the CPU.
-
-    Returns:
-        [B, C, H, W], pixels in [0, 1], nowhere further than ``eps`` from ``pixels``: the first image found that is
-        misclassified, else the last one tried.
+    Arguments are those of ``fgsm``, the number of steps and of random starts, the change of a pixel in a step, and the
+    CPU's generator of the starts. Returns [B, C, H, W], nowhere further than ``eps`` from ``pixels``: the first image
+    found that is misclassified, else the last one tried.
     """
     found = pixels.clone()
     with torch.no_grad():
@@ -199,13 +179,8 @@ def calibration(logits: Tensor, labels: Tensor, bins: int = 15) -> tuple[float, 
     Images fall into ``bins`` equal intervals (0, 1/bins], … by their confidence, the largest softmax probability. The
     error is the mean over images of |accuracy − mean confidence| of their bin.
 
-    Args:
-        logits: [N, K].
-        labels: [N] int64.
-
-    Returns:
-        (the error in [0, 1], of each bin its number of images, accuracy and mean confidence; 0, nan, nan of an empty
-        one).
+    Takes logits [N, K] and labels [N] int64. Returns the error in [0, 1], and of each bin its number of images,
+    accuracy and mean confidence; 0, nan, nan of an empty one.
     """
     confidence, guess = logits.double().softmax(dim=1).max(dim=1)
     number = (confidence * bins).ceil().long().clamp(1, bins) - 1
