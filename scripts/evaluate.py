@@ -84,7 +84,8 @@ class Job:
     def title(self, *lines: str) -> str:
         """Which run and checkpoint a picture shows, in lines that fit."""
         path = Path(self.args.resume).resolve()
-        return "\n".join([textwrap.fill(path.parent.name, 64), path.name, *lines])
+        folder = textwrap.fill(path.parent.name.replace("_", "_ "), 64).replace("_ ", "_")
+        return "\n".join([folder, path.name, *lines])
 
     def choose(self, labels: np.ndarray) -> np.ndarray:
         """Indices of --images of each label, at random."""
@@ -267,7 +268,7 @@ def clean(job: Job, on: TestSet, own: TestSet | None) -> None:
     per_class = {name: share for name, share in zip(classes, shares, strict=True) if not math.isnan(share)}
     numbers = {"top1": first, "top5": five, "loss": F.cross_entropy(on.logits.double(), labels).item()}
     if own:
-        numbers["drop"] = own_top1(own, labels) - first
+        numbers["drop"] = round(own_top1(own, labels) - first, 9)
     job.keep(
         "clean", on.name, on.digest, size_of(on.split), numbers | {"per_class": per_class}, confusion=confusion.tolist()
     )
