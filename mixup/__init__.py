@@ -1,14 +1,19 @@
 """The methods: one file each, readable alone; this file is the registry.
 
 >>> sage = build_method("sage", "cifar10", num_classes=10, upper_lambda=0.6, rand_pos=0.01, update_ratio=0.7)
+>>> loss = sage.step(model, images, labels).loss
+>>> loss.backward()
+
+Or by hand:
+
 >>> draws = sage.draw(np.random.default_rng(0), batch=100, height=32, width=32)  # every random choice
 >>> mixed = sage.mix(model, images, labels, draws)  # what to train on
 >>> loss = mixed.loss(model(mixed.images))  # the whole objective
->>> loss.backward()
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +25,7 @@ from .manifold import ManifoldMixup
 from .puzzle import PuzzleMix
 from .sage import Sage
 from .saliencymix import SaliencyMix
-from .settings import NORMALISATION, Colour, Setting, settings_of
+from .settings import NORMALISATION, Setting, settings_of
 from .vanilla import Vanilla
 
 METHODS: dict[str, type[Method]] = {
@@ -73,7 +78,13 @@ def settings_for(name: str, dataset: str, **given: Any) -> dict[str, Any]:
 
 
 def build_method(
-    name: str, dataset: str, num_classes: int, mean: Colour | None = None, std: Colour | None = None, **given: Any
+    name: str,
+    dataset: str,
+    num_classes: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+    **given: Any,
 ) -> Method:
     """A method with its presets for ``dataset``.
 
@@ -81,7 +92,8 @@ def build_method(
         name: a key of ``METHODS``.
         dataset: chooses presets; of cifar10, cifar100 and tiny-imagenet-200 mean and std are known as well.
         num_classes: K.
-        mean, std: [3] for pixels in [0, 1].
+        mean, std: one number a channel, or one for all, for pixels in [0, 1].
+        seed: of ``method.rng``, from which draws come that are not handed over; another one in each process.
         given: settings, as in ``settings_for``.
 
     Raises:
@@ -89,4 +101,4 @@ def build_method(
     """
     known = NORMALISATION.get(dataset, (None, None))
     settings = settings_for(name, dataset, **given)
-    return METHODS[name](num_classes=num_classes, mean=mean or known[0], std=std or known[1], **settings)
+    return METHODS[name](num_classes=num_classes, mean=mean or known[0], std=std or known[1], seed=seed, **settings)

@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from .settings import ANY, check, setting, settings_of
 
 BLOCK_COUNTS = (2, 4, 8, 16)  # blocks a side, for methods that draw their number
 Loss = Callable[[Tensor, Tensor], Tensor]
+Model = Callable[..., Any]  # a module; a function is enough where its parameters and its mode are left alone
 
 
 class _BinaryCrossEntropy(torch.autograd.Function):
@@ -85,7 +86,7 @@ class Mixed:
 
         Its ``backward`` also gives the parameters the clean loss's gradients, which were computed by ``mix``.
         """
-        loss = self.loss_function(logits, self.targets)
+        loss = self.loss_function(check_logits(logits, *self.targets.shape), self.targets)
         if self.share != 1:
             loss = self.share * loss
         if self.held is None:
@@ -94,6 +95,15 @@ class Mixed:
         # entered after the forward pass: before it, every parameter's gradient would be ready last, and processes could
         # not exchange those of one layer while the next is computed
         return loss + HeldGradients.apply(self.clean_loss, gradients, *parameters)
+
+
+def check_logits(output: Any, batch: int, num_classes: int | None = None) -> Tensor:
+    """What a network gave, if it is logits [B, K]; else a ``ValueError`` that says so."""
+    fits = isinstance(output, Tensor) and output.ndim == 2 and len(output) == batch
+    if fits and num_classes in (None, output.shape[1]):
+        return output
+    shape = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    raise ValueError(f"the network must return one tensor of logits [{batch}, {num_classes or 'K'}], not {shape}")
 
 
 class HeldGradients(torch.autograd.Function):
@@ -139,12 +149,17 @@ class Method:
         loss.backward()
 
     A subclass is a dataclass whose fields are its settings (``mixup.settings.setting``), named like the command-line
-    flags. It defines ``draw`` and ``mix``. No method touches ``.grad`` or leaves a module in another mode: a pass runs
-    in the modes the modules are in, unless the method says eval mode, and then each module gets its mode back.
+    flags. It defines ``_draw`` and ``_mix``; ``draw`` and ``mix`` check what they are given, and call them. No method
+    touches ``.grad`` or leaves a module in another mode: a pass runs in the modes the modules are in, unless the method
+    says eval mode, and then each module gets its mode back.
 
     Attributes:
         num_classes: K.
-        mean, std: [3], what images were normalised with, for pixels in [0, 1]; needed by methods that look at pixels.
+        mean, std: one number a channel, or one for all: what images were normalised with, for pixels in [0, 1]; needed
+            by methods that look at pixels.
+        seed: of ``rng``, the NumPy generator that ``mix`` and ``step`` draw from where they are given no draws. Several
+            processes need a seed each.
+        epoch: of those draws, from 0; ``mix_schedule`` looks at it.
         loss: of logits [B, K] and target rows [B, K]; the paper's binary cross-entropy, unless another is assigned, as
             in ``method.loss = torch.nn.functional.cross_entropy``.
 
@@ -155,11 +170,15 @@ class Method:
     name: ClassVar[str]
     title: ClassVar[str]  # in tables and pictures
     recordable: ClassVar[bool] = False  # draws steer ``mix`` as tensors alone, so that a step can be a CUDA graph
+    takes_saliency: ClassVar[bool] = False  # from a pass through the network, or handed over
+    needs_colours: ClassVar[bool] = False  # mean and std
     loss = staticmethod(bce_loss)
+    epoch = 0
 
     num_classes: int
     mean: Sequence[float] | None = field(default=None, kw_only=True)
     std: Sequence[float] | None = field(default=None, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
 
     @classmethod
     def presets(cls, dataset: str) -> dict[str, Any]:
@@ -171,32 +190,94 @@ class Method:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         check(self)
-        for colour in (self.mean, self.std):
-            if colour is not None and len(colour) != 3:
-                raise ValueError(f"mean and std must have 3 values, one a channel: {colour}")
+        self.rng = np.random.default_rng(self.seed)
+        if self.mean is not None and self.std is not None:
+            lengths = {len(self.mean), len(self.std)}
+            if 0 in lengths or len(lengths - {1}) > 1:
+                raise ValueError(f"mean and std must have a value for each channel, or one: {self.mean}, {self.std}")
         if self.std is not None and not min(self.std) > 0:
             raise ValueError(f"mean and std: std must be positive: {self.std}")
 
     def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> Any:
         """Every random choice for a batch of ``batch`` images of ``height`` × ``width`` in epoch ``epoch`` (from 0)."""
-        raise NotImplementedError
+        if not isinstance(rng, np.random.Generator):
+            raise ValueError(f"rng must be a NumPy generator, as of numpy.random.default_rng(0), not {rng!r}")
+        return self._draw(rng, batch, height, width, epoch)
 
-    def mix(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Any) -> Mixed:
+    def mix(
+        self, model: Model, images: Tensor, labels: Tensor, draws: Any = None, *, saliency: Tensor | None = None
+    ) -> Mixed:
         """What to train on.
 
         Args:
             model: maps images to logits [B, K]; methods without a saliency pass ignore it.
-            images: [B, C, H, W] normalised float32.
-            labels: [B] int64.
-            draws: of ``draw``, or any object with the same attributes, numbers or tensors.
-        """
-        raise NotImplementedError
+            images: [B, C, H, W] normalised, floating.
+            labels: [B] integers in [0, K), or [B, K] floating rows, which are mixed as they are.
+            draws: of ``draw``, or any object with the same attributes, numbers or tensors; None: drawn from ``rng``.
+            saliency: [B, H, W] ≥ 0, maps in place of the network's gradient, for SAGE, Puzzle Mix and Co-Mixup. There
+                is no clean pass then: ``clean_loss`` is 0, and the mixed loss is the whole objective.
 
-    def step(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Any) -> Step:
+        Raises:
+            ValueError: an argument that is none of these.
+        """
+        if saliency is None and self.takes_saliency and not callable(model):
+            raise ValueError(
+                f"{self.title} takes saliency from a network, not from {model!r}: hand it over, or saliency=maps"
+            )
+        labels, draws = self._checked(images, labels, draws, saliency)
+        return self._mix(model, images, labels, draws, saliency)
+
+    def step(
+        self, model: Model, images: Tensor, labels: Tensor, draws: Any = None, *, saliency: Tensor | None = None
+    ) -> Step:
         """``mix``, the network's pass over the mixed images, and the loss; arguments as ``mix``."""
-        mixed = self.mix(model, images, labels, draws)
+        mixed = self.mix(model, images, labels, draws, saliency=saliency)
         logits = model(mixed.images)
         return Step(mixed.loss(logits), logits, mixed)
+
+    def _draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int) -> Any:
+        """``draw`` of a method."""
+        raise NotImplementedError
+
+    def _mix(self, model: Model, images: Tensor, labels: Tensor, draws: Any, saliency: Tensor | None) -> Mixed:
+        """``mix`` of a method: ``labels`` are [B] int64 or [B, K] float32, and there are draws."""
+        raise NotImplementedError
+
+    def _checked(self, images: Tensor, labels: Tensor, draws: Any, saliency: Tensor | None) -> tuple[Tensor, Any]:
+        """Labels as int64 or float32, and draws, once all that was given fits. Nothing on a GPU is waited for."""
+        if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+            raise ValueError(f"images must be a floating tensor [B, C, H, W], not {_described(images)}")
+        if self.needs_colours and {len(colour) for colour in self.colours()} - {1, images.shape[1]}:
+            raise ValueError(f"mean and std must have one value or {images.shape[1]}: {self.mean}, {self.std}")
+        labels = self._checked_labels(labels, len(images))
+        if saliency is not None:
+            if not self.takes_saliency:
+                raise ValueError(f"{self.title} takes no saliency")
+            if saliency.shape != images[:, 0].shape or not saliency.is_floating_point():
+                shape = list(images[:, 0].shape)
+                raise ValueError(f"saliency must be a floating tensor {shape}, not {_described(saliency)}")
+            if saliency.device.type == "cpu" and (saliency < 0).any():
+                raise ValueError(f"saliency must not be negative: {float(saliency.min())}")
+        if draws is None:
+            draws = self.draw(self.rng, len(images), *images.shape[2:], epoch=self.epoch)
+        return labels, draws
+
+    def _checked_labels(self, labels: Tensor, batch: int) -> Tensor:
+        """[B] int64 or [B, K] float32; the range is looked at on the CPU alone, because a GPU would be waited for."""
+        rows = f"[{batch}, {self.num_classes}]"
+        expected = f"labels must be [{batch}] integers from 0 to {self.num_classes - 1}, or floating rows {rows}"
+        if not isinstance(labels, Tensor):
+            raise ValueError(f"{expected}, not {_described(labels)}")
+        if labels.is_floating_point() and labels.shape == (batch, self.num_classes):
+            return labels.float()
+        if labels.is_floating_point() or labels.dtype == torch.bool or labels.is_complex() or labels.shape != (batch,):
+            raise ValueError(f"{expected}, not {_described(labels)}")
+        labels = labels.long()
+        if labels.device.type == "cpu" and batch:
+            low, high = (int(x) for x in torch.aminmax(labels))
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(f"{expected}, not {_described(labels)} from {low} to {high}")
+        return labels
 
     def mixed(self, images: Tensor | None, targets: Tensor, clean: Clean | None = None, **rest: Any) -> Mixed:
         """A ``Mixed`` with this method's loss and, if there was one, the held gradients of a clean pass."""
@@ -214,11 +295,16 @@ class Method:
         """``mean`` and ``std``; ``ValueError`` where they are not known."""
         if self.mean is None or self.std is None:
             raise ValueError(
-                f"{self.title} looks at the pixels of the images: give mean and std, [3] for pixels in [0, 1], e.g. "
+                f"{self.title} looks at pixels: give mean and std, one a channel for pixels in [0, 1], e.g. "
                 f'build_method("{self.name}", …, mean=…, std=…); those of ImageNet are (0.485, 0.456, 0.406) and '
                 "(0.229, 0.224, 0.225)"
             )
         return tuple(self.mean), tuple(self.std)
+
+
+def _described(value: Any) -> str:
+    """A tensor's type and shape, or what else it is."""
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 @dataclass
@@ -287,7 +373,7 @@ class PartialMixing(Method):
     ``mixup_alpha`` is α of λ ~ Beta(α, α), one λ a batch; with 0, λ is always 1: image a alone.
     """
 
-    mixup_alpha: float | None = alpha(1.0)
+    mixup_alpha: float = alpha(1.0)
     prob_mix: float = setting(1.0, "share of each batch that is mixed", low=0, high=1)
     mix_schedule: str = setting(
         "fixed", "how that share grows: fixed, scheduled, delayed", choices=("fixed", "scheduled", "delayed")
@@ -308,7 +394,6 @@ class PartialMixing(Method):
 
     def draw_lam(self, rng: np.random.Generator) -> float:
         """λ, the share of image a."""
-        assert self.mixup_alpha is not None
         return rng.beta(self.mixup_alpha, self.mixup_alpha) if self.mixup_alpha > 0 else 1.0
 
     def draw_permutation(self, rng: np.random.Generator, batch: int, epoch: int) -> NDArray[np.int64]:
@@ -317,7 +402,9 @@ class PartialMixing(Method):
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
-    """[B] integer labels to [B, K] float32 rows."""
+    """[B] integer labels to [B, K] float32 rows; rows stay as they are."""
+    if labels.is_floating_point():
+        return labels
     # comparison instead of F.one_hot, which reads the largest label back to the host
     rows = torch.empty(len(labels), num_classes, dtype=torch.float32, device=labels.device)
     return torch.eq(labels[:, None], counting(num_classes, labels.device), out=rows)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from .assignment import AssignSettings, AssignValues, sources
-from .base import BLOCK_COUNTS, Mixed, PartialMixing, alpha, behind, counting, laid_out_as, one_hot, to_device
-from .saliency import clean_weight, cross_entropy_pass, ones_where_zero, root_mean_square
+from .base import BLOCK_COUNTS, Mixed, Model, PartialMixing, alpha, behind, counting, laid_out_as, one_hot, to_device
+from .saliency import clean_weight, cross_entropy_maps, ones_where_zero
 from .settings import ANY, passed_on, setting, stands_for
 
 if TYPE_CHECKING:
@@ -146,7 +146,8 @@ class CoMixup(PartialMixing):
 
     name = "comix"
     title = "Co-Mixup"
-    mixup_alpha: float | None = alpha(2.0)
+    takes_saliency = True
+    mixup_alpha: float = alpha(2.0)
     clean_lam: float = clean_weight(presets={ANY: 1.0})
     m_block_num: int = setting(4, "blocks a side; -1: 2, 4, 8 or 16 at random", low=1, besides=-1)
     m_part: int = setting(20, "images that are mixed among themselves", low=1)
@@ -164,13 +165,12 @@ class CoMixup(PartialMixing):
         if self.mixup_alpha == 0:
             raise ValueError("mixup_alpha 0 is out of range: must be above 0")
 
-    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> CoMixupDraws:
+    def _draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int) -> CoMixupDraws:
         """Blocks a side, and priors and initial labels part after part.
 
         Raises:
             ValueError: blocks that do not divide the image.
         """
-        assert self.mixup_alpha is not None
         fitting = [g for g in BLOCK_COUNTS if height % g == 0 and width % g == 0]
         if self.m_block_num == -1 and not fitting:
             raise ValueError(f"none of {BLOCK_COUNTS} blocks a side divides an image of {height}×{width}")
@@ -185,7 +185,7 @@ class CoMixup(PartialMixing):
             g, np.concatenate(prior or [np.zeros(0)]), np.concatenate(labels or [np.zeros((0, g, g), int)])
         )
 
-    def mix(self, model: nn.Module, images: Tensor, labels: Tensor, draws: CoMixupDraws) -> Mixed:
+    def _mix(self, model: Model, images: Tensor, labels: Tensor, draws: CoMixupDraws, saliency: Tensor | None) -> Mixed:
         """Mixed ``images`` [B, C, H, W] and ``labels`` [B].
 
         Raises:
@@ -199,10 +199,11 @@ class CoMixup(PartialMixing):
         if count == 0:
             return self.unmixed(images, labels)
         weight = 2 * self.clean_lam / self.num_classes
-        gradient, clean_pass = cross_entropy_pass(model, images[clean:], labels[clean:], weight, eval_mode=False)
+        known = None if saliency is None else saliency[clean:]
+        maps, _, clean_pass = cross_entropy_maps(model, images[clean:], labels[clean:], weight, False, known)
         with torch.no_grad():
             targets = one_hot(labels, self.num_classes)
-            saliency = ones_where_zero(root_mean_square(gradient))
+            saliency = ones_where_zero(maps)
             first, second = self._assign(saliency, draws)
             mixed, soft = _blend(images[clean:], targets[clean:], first, second)
             own = counting(count, images.device)[:, None, None]

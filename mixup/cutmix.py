@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import Mixed, PairDraws, PartialMixing, alpha, mixed_targets, partner_index, partners
+from .base import Mixed, Model, PairDraws, PartialMixing, alpha, mixed_targets, partner_index, partners
 
 
 def cut_box(height: int, width: int, lam: float, row: float, col: float) -> tuple[int, int, int, int]:
@@ -79,14 +79,14 @@ class CutMix(PartialMixing):
 
     name = "cutmix"
     title = "CutMix"
-    mixup_alpha: float | None = alpha(1.0, tiny=0.2)
+    mixup_alpha: float = alpha(1.0, tiny=0.2)
 
-    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> BoxDraws:
+    def _draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int) -> BoxDraws:
         """λ, a permutation of the last m images, and the centre of the box."""
         lam, permutation = self.draw_lam(rng), self.draw_permutation(rng, batch, epoch)
         return BoxDraws(lam, permutation, row=rng.uniform(0, height), col=rng.uniform(0, width))
 
-    def mix(self, model: nn.Module, images: Tensor, labels: Tensor, draws: BoxDraws) -> Mixed:
+    def _mix(self, model: Model, images: Tensor, labels: Tensor, draws: BoxDraws, saliency: Tensor | None) -> Mixed:
         """Mixed ``images`` [B, C, H, W] and ``labels`` [B]; ``model`` is ignored."""
         if len(draws.permutation) == 0:
             return self.unmixed(images, labels)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import Mixed, PairDraws, PartialMixing, alpha, as_share, mixed_targets, partner_index, partners
+from .base import Mixed, Model, PairDraws, PartialMixing, alpha, as_share, mixed_targets, partner_index, partners
 
 
 def mix_images(images: Tensor, permutation: Any, lam: Any) -> Tensor:
@@ -36,13 +36,13 @@ class InputMixup(PartialMixing):
     name = "input"
     title = "Mixup"
     recordable = True
-    mixup_alpha: float | None = alpha(1.0, tiny=0.2)
+    mixup_alpha: float = alpha(1.0, tiny=0.2)
 
-    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> PairDraws:
+    def _draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int) -> PairDraws:
         """λ, and a permutation of the last m images."""
         return PairDraws(self.draw_lam(rng), self.draw_permutation(rng, batch, epoch))
 
-    def mix(self, model: nn.Module, images: Tensor, labels: Tensor, draws: PairDraws) -> Mixed:
+    def _mix(self, model: Model, images: Tensor, labels: Tensor, draws: PairDraws, saliency: Tensor | None) -> Mixed:
         """Mixed ``images`` [B, C, H, W] and ``labels`` [B]; ``model`` is ignored."""
         if len(draws.permutation) == 0:
             return self.unmixed(images, labels)

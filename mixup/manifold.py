@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from .base import Mixed, PairDraws, PartialMixing, Step, alpha, as_share, mixed_targets, partner_index
+from .base import Mixed, Model, PairDraws, PartialMixing, Step, alpha, as_share, mixed_targets, partner_index
 from .input import mix_images
 
 MIXING_POINTS = 3  # of this project's networks: the input, after the first stage, after the second
@@ -38,15 +39,15 @@ class ManifoldMixup(PartialMixing):
     name = "manifold"
     title = "Manifold Mixup"
     points = None
-    mixup_alpha: float | None = alpha(2.0, tiny=0.2)
+    mixup_alpha: float = alpha(2.0, tiny=0.2)
 
-    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> ManifoldDraws:
+    def _draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int) -> ManifoldDraws:
         """λ, a permutation of the last m images, and where to mix, uniform over the input and all points."""
         lam, permutation = self.draw_lam(rng), self.draw_permutation(rng, batch, epoch)
         places = MIXING_POINTS if self.points is None else 1 + len(self.points)
         return ManifoldDraws(lam, permutation, mix_at=int(rng.integers(places)))
 
-    def mix(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Any) -> Mixed:
+    def _mix(self, model: Model, images: Tensor, labels: Tensor, draws: Any, saliency: Tensor | None) -> Mixed:
         """There are no mixed images.
 
         Raises:
@@ -56,12 +57,16 @@ class ManifoldMixup(PartialMixing):
             "Manifold Mixup mixes inside the network and has no mixed images: use step(model, images, labels, draws)"
         )
 
-    def step(self, model: nn.Module, images: Tensor, labels: Tensor, draws: ManifoldDraws) -> Step:
+    def step(
+        self, model: Model, images: Tensor, labels: Tensor, draws: Any = None, *, saliency: Tensor | None = None
+    ) -> Step:
         """``images`` [B, C, H, W] mixed on their way through the network, ``labels`` [B], and the loss.
 
         Raises:
-            ValueError: ``draws.mix_at`` is no mixing point of the network, or the network has none.
+            ValueError: ``draws.mix_at`` is no mixing point of the network, the network has none, or the output of that
+                point was not mixed exactly once.
         """
+        labels, draws = self._checked(images, labels, draws, saliency)
         if len(draws.permutation) == 0:
             mixed = self.unmixed(images, labels)
             logits = model(images)
@@ -78,7 +83,7 @@ class ManifoldMixup(PartialMixing):
         mixed = self.mixed(None, targets, partner=images[permutation])
         return Step(mixed.loss(logits), logits, mixed)
 
-    def _forward(self, model: nn.Module, images: Tensor, mix_at: int, mix: Callable[[Tensor], Tensor]) -> Tensor:
+    def _forward(self, model: Model, images: Tensor, mix_at: int, mix: Callable[[Tensor], Tensor]) -> Tensor:
         """Logits of a pass with ``mix`` applied at ``mix_at``."""
         inner = getattr(model, "module", model)  # of DistributedDataParallel
         places = 1 + len(self.points) if self.points is not None else getattr(inner, "mixing_points", None)
@@ -99,11 +104,16 @@ class ManifoldMixup(PartialMixing):
 
 @contextmanager
 def mixed_output(module: nn.Module, mix: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the block, ``module`` gives its output through ``mix``."""
+    """Within the block, ``module`` gives its output through ``mix``; ``ValueError`` unless it did so exactly once."""
+    times, recorded = 0, torch.is_grad_enabled()
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
             raise ValueError(f"the output of a {type(module).__name__} is a {type(output).__name__}, not one tensor")
+        nonlocal times
+        times += 1
+        if torch.is_grad_enabled() != recorded:
+            raise ValueError("Manifold Mixup's points do not go with reentrant checkpointing: use_reentrant=False")
         return mix(output)
 
     handle = module.register_forward_hook(hook)
@@ -111,3 +121,8 @@ def mixed_output(module: nn.Module, mix: Callable[[Tensor], Tensor]) -> Iterator
         yield
     finally:
         handle.remove()
+    if times != 1:
+        raise ValueError(
+            f"the output of the {type(module).__name__} in points was mixed {times} times, not once: is it a module of "
+            "this network, not of a copy, does it run once a pass, and is the network not compiled?"
+        )

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import (
     BLOCK_COUNTS,
     Mixed,
+    Model,
     PairDraws,
     PartialMixing,
     alpha,
@@ -34,7 +35,7 @@ from .base import (
     to_host,
 )
 from .gridcut import swap
-from .saliency import clean_weight, cross_entropy_pass, ones_where_zero, root_mean_square
+from .saliency import clean_weight, cross_entropy_maps, ones_where_zero
 from .settings import check, setting
 from .transport import move_blocks, transport_plan
 
@@ -250,7 +251,12 @@ def _weights_of_a(
         np.maximum(vertical, 0),  # they are not negative while gamma ≤ 1 and pixels are in [0, 1]
         np.maximum(horizontal, 0),
     )
-    return 1 - labels.astype(kind) / kind(n_labels - 1)
+    weights_of_a = 1 - labels.astype(kind) / kind(n_labels - 1)
+    lost = np.isnan(unary).any(axis=(1, 2, 3))
+    for edges in weights:
+        lost |= np.isnan(edges).any(axis=(1, 2))
+    weights_of_a[lost] = np.nan
+    return weights_of_a
 
 
 def _channels(values: Any, images: Tensor) -> Tensor:
@@ -310,7 +316,8 @@ class PuzzleMix(MaskValues, PartialMixing):
 
     name = "puzzle"
     title = "Puzzle Mix"
-    mixup_alpha: float | None = alpha(1.0)
+    takes_saliency = needs_colours = True
+    mixup_alpha: float = alpha(1.0)
     clean_lam: float = clean_weight(presets={"tiny-imagenet-200": 1.0})
     adv_p: float = setting(0.0, "probability of the adversarial perturbation", low=0, high=1)
     adv_eps: float = setting(10.0, "size of the adversarial perturbation, of 255", low=0)
@@ -318,7 +325,7 @@ class PuzzleMix(MaskValues, PartialMixing):
     def __post_init__(self) -> None:
         PartialMixing.__post_init__(self)
 
-    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> PuzzleDraws:
+    def _draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int) -> PuzzleDraws:
         """λ, a permutation of the last m images, the number of blocks, and the perturbations.
 
         Raises:
@@ -326,9 +333,15 @@ class PuzzleMix(MaskValues, PartialMixing):
         """
         fitting = [n for n in BLOCK_COUNTS if self._fits(height, width, n)]
         if not fitting:
+            near = [
+                str(side)
+                for side in range(max(2, min(height, width) - 16), max(height, width) + 17)
+                if any(self._fits(side, side, n) for n in BLOCK_COUNTS)
+            ]
             raise ValueError(
                 f"none of {BLOCK_COUNTS} blocks a side, with neigh_size {self.neigh_size} and t_size {self.t_size}, "
-                f"divides an image of {height}×{width}"
+                f"divides an image of {height}×{width}; sides that fit: {', '.join(near)}; or give "
+                "neigh_size=1, t_size=-1"
             )
         lam, permutation = self.draw_lam(rng), self.draw_permutation(rng, batch, epoch)
         draws = PuzzleDraws(lam, permutation, num_blocks=int(rng.choice(fitting)))
@@ -346,13 +359,15 @@ class PuzzleMix(MaskValues, PartialMixing):
             return False
         return True
 
-    def mix(self, model: nn.Module, images: Tensor, labels: Tensor, draws: PuzzleDraws) -> Mixed:
+    def _mix(self, model: Model, images: Tensor, labels: Tensor, draws: PuzzleDraws, saliency: Tensor | None) -> Mixed:
         """Mixed ``images`` [B, 3, H, W] and ``labels`` [B].
 
         Raises:
             ValueError: mean and std are not known, or the blocks do not fit the image.
             NoSolver: no grid cut solver is installed.
         """
+        if self.adv_p > 0 and saliency is not None:
+            raise ValueError(f"adv_p {self.adv_p} needs the gradient of the network: it does not go with saliency=")
         clean = len(images) - len(draws.permutation)
         if clean == len(images):
             return self.unmixed(images, labels)
@@ -360,15 +375,16 @@ class PuzzleMix(MaskValues, PartialMixing):
         part, partner = images[clean:], permutation[clean:] - clean
         perturbed = getattr(draws, "perturbed", None)
         attack = Attack(self, part, draws) if perturbed is not None and any(perturbed) else None
-        gradient, clean_pass = cross_entropy_pass(
+        maps, gradient, clean_pass = cross_entropy_maps(
             model,
             attack.start if attack else part,
             labels[clean:],
             weight=2 * self.clean_lam / self.num_classes,
             eval_mode=self.clean_lam == 0,
+            known=None if saliency is None else saliency[clean:],
         )
         with torch.no_grad():
-            saliency = ones_where_zero(root_mean_square(gradient))
+            saliency = ones_where_zero(maps)
             mask = _mask(part, saliency, partner, float(draws.lam), int(draws.num_blocks), *self.colours(), self)
             a, b = attack.images(gradient, partner, perturbed) if attack else (part, part[partner])
             mixed, ratio = _blend(a, b, saliency, partner, mask, self)
@@ -393,7 +409,7 @@ class Attack:
         self.mean, self.std = (channels(colour, images.device) for colour in method.colours())
         self.reach, self.push = method.adv_eps / 255, (method.adv_eps + 2) / 255
         self.given, self.pixels, self.strength = images, images * self.std + self.mean, float(draws.strength)
-        noise = to_device(draws.noise, images.device, torch.float32) * self.reach
+        noise = to_device(draws.noise, images.device, torch.float32)[:, : images.shape[1]] * self.reach
         self.noise = (self.pixels + noise).clamp(0, 1) - self.pixels
         self.start = images + self.noise / self.std
 

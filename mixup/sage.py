@@ -18,9 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import Method, Mixed, alpha, as_index, kept, laid_out_as, mixed_rows, one_hot
+from .base import Method, Mixed, Model, alpha, as_index, check_logits, kept, laid_out_as, mixed_rows, one_hot
 from .saliency import mean_magnitude, ones_where_zero, saliency_pass
 from .search import best_offsets, check_pair, moved
 from .settings import setting
@@ -109,8 +109,8 @@ class Sage(Method):
 
     name = "sage"
     title = "SAGE"
-    recordable = True
-    mixup_alpha: float | None = alpha(1.0)
+    recordable = takes_saliency = True
+    mixup_alpha: float = alpha(1.0)
     blur_sigma: float = setting(1.0, "σ of the Gaussian blur of the saliency, in pixels", above=0)
     kernel_size: int = setting(5, "its width in pixels, odd", low=1)
     eval_mode: bool = setting(False, "clean pass in evaluation mode")
@@ -123,9 +123,8 @@ class Sage(Method):
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd: {self.kernel_size}")
 
-    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> SageDraws:
+    def _draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int) -> SageDraws:
         """λ, a permutation of the batch, and the candidates."""
-        assert self.mixup_alpha is not None
         self._check_size(height, width)
         lam = self.upper_lambda * (rng.beta(self.mixup_alpha, self.mixup_alpha) if self.mixup_alpha > 0 else 0.5)
         draws = SageDraws(lam, rng.permutation(batch))
@@ -136,7 +135,7 @@ class Sage(Method):
             draws.candidates = np.stack([index // columns - (height - 1), index % columns - (width - 1)], axis=1)
         return draws
 
-    def mix(self, model: nn.Module, images: Tensor, labels: Tensor, draws: SageDraws) -> Mixed:
+    def _mix(self, model: Model, images: Tensor, labels: Tensor, draws: SageDraws, saliency: Tensor | None) -> Mixed:
         """Mixed ``images`` [B, C, H, W] and ``labels`` [B]; the clean loss weighs 1 − r, the mixed one r.
 
         ``draws.lam`` may be a number, a tensor of one, or [B, 1, 1]: one for each pair.
@@ -146,12 +145,21 @@ class Sage(Method):
         """
         self._check_size(*images.shape[2:])
         permutation = as_index(draws.permutation, images.device)
+        if len(permutation) != len(images):
+            raise ValueError(f"draws for {len(permutation)} images do not fit a batch of {len(images)}")
         clean = one_hot(labels, self.num_classes)
-        gradient, clean_pass = saliency_pass(
-            model, images, lambda logits: self.loss(logits, clean), 1 - self.update_ratio, self.eval_mode
-        )
+        share, clean_pass = self.update_ratio, None
+        if saliency is None:
+            gradient, clean_pass = saliency_pass(
+                model,
+                images,
+                lambda logits: self.loss(check_logits(logits, *clean.shape), clean),
+                1 - share,
+                self.eval_mode,
+            )
         with torch.no_grad():
-            saliency = ones_where_zero(gaussian_blur(mean_magnitude(gradient), self.kernel_size, self.blur_sigma))
+            maps, share = (mean_magnitude(gradient), share) if saliency is None else (saliency.float(), 1.0)
+            saliency = ones_where_zero(gaussian_blur(maps, self.kernel_size, self.blur_sigma))
             unit = saliency / saliency.sum(dim=(1, 2), keepdim=True)
             lam = draws.lam.to(unit.dtype) if isinstance(draws.lam, Tensor) else float(draws.lam)
             share_a, share_b = _floored(lam), _floored(1 - lam)
@@ -164,7 +172,7 @@ class Sage(Method):
                 laid_out_as(mixed, images),
                 targets,
                 clean_pass,
-                share=self.update_ratio,
+                share=share,
                 partner=of_b[:, 2:],
                 saliency=(saliency, of_b[:, 0]),
                 mask=mask,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Clean, channels, counting, kept, to_device
+from .base import Clean, Model, channels, check_logits, counting, kept, to_device
 from .settings import setting
 
 SURROUND_RADII = (12, 24, 48, 28, 56, 112)  # of fine-grained saliency, in pixels
@@ -19,7 +19,7 @@ FEW_PIXELS = 1 << 16  # of so many all sizes of surroundings are summed at once:
 
 
 def saliency_pass(
-    model: nn.Module, images: Tensor, loss_of: Callable[[Tensor], Tensor], share: float = 0.0, eval_mode: bool = False
+    model: Model, images: Tensor, loss_of: Callable[[Tensor], Tensor], share: float = 0.0, eval_mode: bool = False
 ) -> tuple[Tensor, Clean | None]:
     """One pass whose gradient in the pixels is the saliency, and whose gradients in the parameters may count as well.
 
@@ -32,16 +32,23 @@ def saliency_pass(
 
     Returns:
         (gradient [B, C, H, W] of the loss in the pixels; the pass's part of the objective, or None with share 0).
+
+    Raises:
+        ValueError: a network whose parameters' gradients would be lost (FSDP), or that allows no second pass.
     """
+    if (share or eval_mode) and not isinstance(model, nn.Module):
+        raise ValueError(f"the saliency pass needs the network's parameters or its mode: a module, not {model!r}")
+    if getattr(model, "static_graph", False):
+        raise ValueError("DistributedDataParallel(static_graph=True) allows no saliency pass: leave static_graph out")
     pixels = images.detach().requires_grad_(True)
-    parameters = [p for p in model.parameters() if p.requires_grad] if share else []
+    parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) and share else []
     # float16 would lose small gradients; a power of two is taken out again without a rounding error
     half = torch.is_autocast_enabled(images.device.type) and torch.get_autocast_dtype(images.device.type) == torch.half
     scale = 2.0**12 if half else 1.0
     # under DistributedDataParallel gradients are exchanged once, in the backward pass of the whole objective
     alone = getattr(model, "no_sync", nullcontext)
     with torch.enable_grad(), alone(), modes_kept(model, eval_mode):
-        loss = loss_of(model(pixels))
+        loss = loss_of(check_logits(model(pixels), len(pixels)))
         weighted = loss * share if share else loss
         found = torch.autograd.grad(weighted * scale if half else weighted, [pixels, *parameters], allow_unused=True)
     in_pixels = torch.zeros_like(pixels) if found[0] is None else found[0]
@@ -49,6 +56,12 @@ def saliency_pass(
         in_pixels = in_pixels / (scale * (share or 1.0))
     if not share:
         return in_pixels, None
+    lost = [g is None and type(p).__name__ == "DTensor" for p, g in zip(parameters, found[1:], strict=True)]
+    if any(lost) or (parameters and all(g is None for g in found[1:])):
+        raise ValueError(
+            "the clean pass gave the network's parameters no gradients, as under FSDP, which trains copies of them: "
+            "use DistributedDataParallel, or settings without a clean loss (update_ratio=1, clean_lam=0)"
+        )
     used = [(p, g / scale if half else g) for p, g in zip(parameters, found[1:], strict=True) if g is not None]
     return in_pixels, Clean(weighted.detach().float(), [p for p, _ in used], [g for _, g in used])
 
@@ -58,22 +71,30 @@ def clean_weight(presets: dict[str, float]) -> Any:
     return setting(0.0, "weight of the clean loss in the saliency pass", low=0, presets=presets)
 
 
-def cross_entropy_pass(
-    model: nn.Module, images: Tensor, labels: Tensor, weight: float, eval_mode: bool
-) -> tuple[Tensor, Clean | None]:
-    """``saliency_pass`` of Puzzle Mix and Co-Mixup: the loss is the mean cross-entropy, and ``weight`` times that
-    loss is part of the objective."""
-    return saliency_pass(
+def cross_entropy_maps(
+    model: Model, images: Tensor, labels: Tensor, weight: float, eval_mode: bool, known: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Clean | None]:
+    """Saliency of Puzzle Mix and Co-Mixup, from a pass whose loss is the mean cross-entropy; ``weight`` times that loss
+    is part of the objective. With ``known`` maps there is no pass.
+
+    Returns:
+        (maps [B, H, W]; the gradient in the pixels; the pass's part of the objective), None where there is no such.
+    """
+    if known is not None:
+        return known.float(), None, None
+    gradient, clean = saliency_pass(
         model,
         images,
         lambda logits: (weight or 1.0) * F.cross_entropy(logits.float(), labels),
         share=float(weight > 0),
         eval_mode=eval_mode,
     )
+    with torch.no_grad():
+        return root_mean_square(gradient), gradient, clean
 
 
 @contextmanager
-def modes_kept(model: nn.Module, eval_mode: bool) -> Iterator[None]:
+def modes_kept(model: Any, eval_mode: bool) -> Iterator[None]:
     """The block runs in eval mode, if so asked; then every module's own mode is put back."""
     modes = [(module, module.training) for module in model.modules()] if eval_mode else []
     if eval_mode:
@@ -99,43 +120,6 @@ def ones_where_zero(saliency: Tensor) -> Tensor:
     """Maps [B, H, W] that are 0 everywhere (of a saturated network) become 1, so that they can be normalised."""
     one = channels((1.0,), saliency.device).to(saliency.dtype)
     return torch.where(saliency.any(dim=(1, 2), keepdim=True), saliency, one)
-
-
-class KnownSaliency(nn.Module):
-    """In place of a network, for saliency that comes from elsewhere: ``sage.mix(KnownSaliency(maps, 10), images, …)``.
-    The gradient in the pixels of image i is, up to a factor, its map in every channel, whatever the loss.
-
-    Args:
-        maps: [B, H, W] ≥ 0, of the images in their order; of fewer images, the last ones' maps are taken.
-        num_classes: K of its logits, which are 0.
-    """
-
-    maps: Tensor
-
-    def __init__(self, maps: Tensor, num_classes: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.register_buffer("maps", maps)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] to logits [B, K]."""
-        return _KnownGradient.apply(images, self.maps[len(self.maps) - len(images) :], self.num_classes)
-
-
-class _KnownGradient(torch.autograd.Function):
-    """Logits of 0 whose gradients in all channels of the pixels are ±``maps``."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, maps: Tensor, num_classes: int) -> Tensor:
-        # signs that differ: the gradient of no class is the mean of all, at which it would vanish
-        ctx.maps, ctx.signs = maps, 1 - 2.0 * (torch.arange(num_classes, device=images.device) % 2)
-        ctx.shape = images.shape
-        return images.new_zeros(len(images), num_classes)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        size = (grads[0] * ctx.signs).sum(dim=1)
-        return (size[:, None, None] * ctx.maps)[:, None].expand(ctx.shape), None, None
 
 
 def fine_grained_saliency(images_u8: Tensor) -> Tensor:

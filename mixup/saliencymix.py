@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import Method, Mixed, PairDraws, as_index, channels, mixed_targets
+from .base import Method, Mixed, Model, PairDraws, as_index, channels, mixed_targets
 from .cutmix import paste_box
 from .saliency import fine_grained_saliency
 
@@ -67,13 +67,14 @@ class SaliencyMix(Method):
 
     name = "saliencymix"
     title = "SaliencyMix"
+    needs_colours = True
 
-    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> HalfDraws:
+    def _draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int) -> HalfDraws:
         """Whether this batch is mixed, with probability ½; λ ~ Beta(1, 1); a permutation [B]."""
         mix = rng.random() < 0.5
         return HalfDraws(lam=rng.beta(1, 1), permutation=rng.permutation(batch), mix=mix)
 
-    def mix(self, model: nn.Module, images: Tensor, labels: Tensor, draws: HalfDraws) -> Mixed:
+    def _mix(self, model: Model, images: Tensor, labels: Tensor, draws: HalfDraws, saliency: Tensor | None) -> Mixed:
         """``images`` [B, 3, H, W] and ``labels`` [B], mixed if ``draws.mix``; ``model`` is ignored.
 
         Raises:
@@ -82,6 +83,8 @@ class SaliencyMix(Method):
         if not draws.mix:
             return self.unmixed(images, labels)
         permutation = as_index(draws.permutation, images.device)
+        if len(permutation) != len(images):
+            raise ValueError(f"draws for {len(permutation)} images do not fit a batch of {len(images)}")
         height, width = images.shape[2:]
         leader = self._bytes(images[permutation[:1]])
         row, col = saliency_peak(fine_grained_saliency(leader)[0])
@@ -96,4 +99,5 @@ class SaliencyMix(Method):
     def _bytes(self, images: Tensor) -> Tensor:
         """Normalised [B, 3, H, W] as uint8 pixels."""
         mean, std = (channels(tuple(255 * v for v in colour), images.device) for colour in self.colours())
-        return (images * std + mean).round().clamp(0, 255).to(torch.uint8)
+        pixels = (images * std + mean).round().clamp(0, 255).to(torch.uint8)
+        return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import Method, Mixed
+from .base import Method, Mixed, Model
 
 
 @dataclass
@@ -24,10 +24,10 @@ class Vanilla(Method):
     title = "Vanilla"
     recordable = True
 
-    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int = 0) -> NoDraws:
+    def _draw(self, rng: np.random.Generator, batch: int, height: int, width: int, epoch: int) -> NoDraws:
         """Nothing."""
         return NoDraws()
 
-    def mix(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Any = None) -> Mixed:
+    def _mix(self, model: Model, images: Tensor, labels: Tensor, draws: Any, saliency: Tensor | None) -> Mixed:
         """``images`` [B, C, H, W] and ``labels`` [B] as they are; ``model`` and ``draws`` are ignored."""
         return self.unmixed(images, labels)

@@ -41,7 +41,7 @@ from load_data import stride_of
 from mixup import METHODS, build_method
 from mixup.base import Method, Mixed, Step
 from mixup.sage import gaussian_blur
-from mixup.saliency import KnownSaliency, fine_grained_saliency, root_mean_square, saliency_pass
+from mixup.saliency import fine_grained_saliency, root_mean_square, saliency_pass
 from mixup.search import best_offsets, every_offset, exact_scores
 from mixup.settings import NORMALISATION
 from models import ARCHITECTURES, build_model
@@ -234,7 +234,8 @@ def mixing(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     saliency = root_mean_square(gradient)
 
     def mix(method: Method, draws: Any) -> Mixed:
-        return method.mix(KnownSaliency(saliency, CLASSES), images, labels, draws)
+        known = saliency if method.takes_saliency else None
+        return method.mix(None, images, labels, draws, saliency=known)
 
     works: dict[str, Work] = {}
     for label, method in methods_of(args).items():

@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import load_data
 from mixup import METHODS, build_method
 from mixup.base import Method, Mixed
-from mixup.saliency import KnownSaliency, fine_grained_saliency
+from mixup.saliency import fine_grained_saliency
 from mixup.settings import NORMALISATION
 from models import ARCHITECTURES, build_model
 from models.mixing import MIXING_POINTS
@@ -212,15 +212,13 @@ class PictureNetwork(nn.Module):
         self.network, self.side = network, side
         with torch.no_grad():
             self.num_classes = network(torch.zeros(1, 3, SIDE, SIDE)).shape[1] + 3
-        self.known = None if maps is None else KnownSaliency(maps, self.num_classes)
+        self.known = maps
         self.order = torch.arange(self.num_classes).repeat(3, 1)
         for i, label in enumerate(labels.tolist()):
             self.order[i, [i, label]] = self.order[i, [label, i]]
 
     def forward(self, pixels: Tensor, mix_at: int = 0, mix: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Logits; ``mix`` is applied to the activations at ``mix_at``, as in this project's networks."""
-        if mix is None and self.known is not None:
-            return self.known(pixels)
         pixels = at_side(pixels, self.side)
         if mix is None:
             logits = self.network(pixels)
@@ -320,7 +318,8 @@ def mix(method: Method, pixels: Tensor, network: PictureNetwork, rng: np.random.
         if hasattr(draws, "mix_at"):
             draws.mix_at = 1  # after the first stage, whose features still look like images
         with torch.no_grad():
-            mixed = method.step(network, pixels, torch.arange(3), draws).mixed
+            known = network.known if method.takes_saliency else None
+            mixed = method.step(network, pixels, torch.arange(3), draws, saliency=known).mixed
         if mixed.images is not pixels:
             break
     return mixed, draws
@@ -350,8 +349,7 @@ def tiles_of_all(method: Method, mixed: Mixed, draws: Any) -> Iterator[Tile]:
     yield from (Tile(f"Saliency of {name}", of) for name, of in zip("abc", maps, strict=True))
     # the same assignment once more, of images of one colour
     colours = torch.eye(3)[:, :, None, None].repeat(1, 1, *maps.shape[1:])
-    known = KnownSaliency(maps, method.num_classes)
-    of_colours = method.mix(known, colours, torch.arange(3), draws)
+    of_colours = method.mix(None, colours, torch.arange(3), draws, saliency=maps)
     if of_colours.images is not None and torch.equal(of_colours.targets, mixed.targets):
         output = int(torch.special.entr(mixed.targets).sum(dim=1).argmax())
         yield Tile("Cells", of_colours.images[output], "a red\nb green\nc blue")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from email import message_from_string
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -37,7 +38,7 @@ def text(wheel: zipfile.ZipFile, name: str) -> str:
 
 def test_it_holds_the_methods_alone(wheel: zipfile.ZipFile) -> None:
     files = {path for path in wheel.namelist() if ".dist-info/" not in path}
-    assert files == {f"sage_mixup/{path.name}" for path in (ROOT / "mixup").glob("*.py")}
+    assert files == {f"sage_mixup/{path.name}" for path in [*(ROOT / "mixup").glob("*.py"), Path("py.typed")]}
     assert text(wheel, "top_level.txt").split() == ["sage_mixup"]
     assert text(wheel, "licenses/LICENSE") == (ROOT / "LICENSE").read_text()
 
@@ -54,6 +55,9 @@ def test_it_brings_torch_and_numpy_and_with_the_extra_a_solver(wheel: zipfile.Zi
     lines = (line.split("#")[0] for line in (ROOT / "requirements.txt").read_text().splitlines())
     ours = {need.name: str(need.specifier) for need in map(Requirement, lines)}
     assert brought | extra == {name: ours[name] for name in ("torch", "numpy", "ortools")}
+    page = about.get_payload()
+    assert page.lstrip().startswith("```python\nfrom sage_mixup import build_method")
+    assert "loss = sage.step(model, images, labels).loss\nloss.backward()" in page
     assert about["Requires-Python"] == ">=3.10"
     assert about["License-Expression"] == "MIT"
 

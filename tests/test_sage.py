@@ -23,7 +23,6 @@ from mixup.sage import (
     blend,
     gaussian_blur,
 )
-from mixup.saliency import KnownSaliency
 from mixup.search import LEADERS, SHORT_LIST, _list_scores, approximate_scores, exact_scores
 from models import build_model
 from tests.common import golden, load_fixed_weights, normalise
@@ -588,7 +587,7 @@ def test_lam_may_be_of_another_type() -> None:
     for dtype in (torch.float32, torch.float64):
         lam = torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=dtype)[:, None, None]
         draws = SageDraws(lam, np.array([1, 0, 3, 2]), None)  # type: ignore[arg-type]
-        mixed.append(sage.mix(KnownSaliency(maps, 10), images, labels, draws).images)
+        mixed.append(sage.mix(None, images, labels, draws, saliency=maps).images)
     assert torch.equal(*mixed)
 
 

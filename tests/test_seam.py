@@ -241,14 +241,12 @@ def test_a_batch_that_stays_unmixed_comes_back_as_given(name: str) -> None:
 @pytest.mark.parametrize("num_classes", [2, 3, 10])
 def test_known_saliency(name: str, num_classes: int) -> None:
     """A map takes the place of the network's gradient, whatever the loss and the class."""
-    from mixup.saliency import KnownSaliency
-
     settings = {**CASES[name], "prob_mix": 0.7, "blur_sigma": 1e-3}
     method, (images, _) = build_method(name.split()[0], "cifar10", num_classes, **settings), batch()
     maps = torch.rand(5, 16, 16)
     for label in range(num_classes):
         draws = draws_of(method, images, label)
-        mixed = method.mix(KnownSaliency(maps, num_classes), images, torch.full((5,), label), draws)
+        mixed = method.mix(None, images, torch.full((5,), label), draws, saliency=maps)
         assert mixed.saliency is not None
         count = 5 if name == "sage" else 3
         ratio = mixed.saliency[0][-count:] / maps[-count:]
