@@ -108,15 +108,16 @@ class MixedImages:
         """Keep a pair of this batch, and draw the picture once there are enough."""
         if epoch != self.epoch:
             self.begin(epoch)
-        if self.path is None:
+        plain = self.method.name == "vanilla"
+        if self.path is None or (mixed.partner is mixed.mask is None and not plain):  # this batch stayed as it was
             return
-        one = slice(len(self.pairs) % len(images), len(self.pairs) % len(images) + 1)
         saliency_a, saliency_b = mixed.saliency or (None, None)
         named = {
             "image a": images, "image b": mixed.partner, "saliency a": saliency_a, "saliency b": saliency_b,
-            "mask (white: a)": mixed.mask, "mixed": mixed.images, "target": mixed.targets,
+            "mask (white: a)": mixed.mask, "mixed": None if plain else mixed.images, "target": mixed.targets,
         }  # fmt: skip
-        pair = {name: value[one].detach().float().clone()[0] for name, value in named.items() if value is not None}
+        one = -1 - len(self.pairs) % len(images)  # where a part of a batch is mixed, that is its end
+        pair = {name: value[one].detach().float().clone() for name, value in named.items() if value is not None}
         self.pairs.append({**pair, "lam": getattr(draws, "lam", None)})
         if len(self.pairs) == PAIRS:
             self.draw()
