@@ -1,4 +1,4 @@
-"""Every picture of a run and of a table of runs."""
+"""Every picture: of a run, of an evaluation, of a table of runs."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ MIXED, MIXED_LAST = "mixed.png", "mixed_last.png"
 PAIRS = 6  # shown in them
 # After Okabe and Ito, distinct to colour-blind readers too, in the order of the registry; yellow is darkened.
 PALETTE = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#8C6D1F", "#0072B2", "#CC79A7", "#D55E00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 
 
 def attempt(draw: Callable[..., None], *args: Any) -> None:
@@ -54,9 +55,9 @@ def plot_curves(
     marker = "o" if len(rows) < 3 else None
     panels = figure.subplots(1, 2)
     series: tuple[tuple[str, str, str], ...] = (
-        ("train", "tab:blue", "--"),
-        ("valid", "tab:green", "-"),
-        ("test", "tab:orange", "-"),
+        ("train", PALETTE[5], "--"),
+        ("valid", PALETTE[3], "-"),
+        ("test", PALETTE[7], "-"),
     )
     for panel, quantity in zip(panels, ("loss", "top1"), strict=True):
         for name, colour, style in series:
@@ -64,11 +65,11 @@ def plot_curves(
             if values[-1] is not None:
                 label = "train (mixed images)" if name == "train" and mixes else name
                 panel.plot(epochs, values, style, color=colour, label=label, linewidth=1.6, marker=marker)
-        for milestone in schedule:
-            if milestone <= epochs[-1]:
-                panel.axvline(milestone, color="0.75", linewidth=1, zorder=0)
+        reached = [milestone for milestone in schedule if milestone <= epochs[-1]]
+        for milestone in reached:
+            panel.axvline(milestone, color="0.75", linewidth=1, zorder=0)
         panel.xaxis.set_major_locator(whole_numbers())
-        panel.set_xlabel("epoch (grey lines: the learning rate changes)")
+        panel.set_xlabel("epoch (grey lines: the learning rate changes)" if reached else "epoch")
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("loss")
@@ -147,11 +148,14 @@ def plot_mixed(path: Path, pairs: Sequence[dict[str, Any]], data: Any, title: st
         "mask (white: a)": {"cmap": "gray", "vmin": 0, "vmax": 1}, "mixed": {},
     }  # fmt: skip
     columns = []
-    for name in [name for name in styles if name in pairs[0]]:
+    unmixed = all(torch.equal(pair["image a"], pair["mixed"]) for pair in pairs if "mixed" in pair)
+    shown = ["image a"] if unmixed and "image b" not in pairs[0] else [name for name in styles if name in pairs[0]]
+    for name in shown:
         content = [pair[name].cpu() for pair in pairs]
         if content[0].ndim == 3:
             content = [(image * std + mean).clamp(0, 1).permute(1, 2, 0) for image in content]
-        columns.append((name, [picture.numpy() for picture in content], styles[name]))
+        heading = name if len(shown) > 1 else "image"
+        columns.append((heading, [picture.numpy() for picture in content], styles[name]))
     texts = []
     for pair in pairs:
         shares = sorted(((float(v), data.classes[k]) for k, v in enumerate(pair["target"]) if v > 0.005), reverse=True)
@@ -203,12 +207,16 @@ def plot_dots(path: Path, frame: pd.DataFrame) -> None:
         finals = frame["final"][frame["label"] == label]
         colour = styles[label]["color"]
         panel.scatter(finals, [row - 0.13] * len(finals), s=26, color=colour, alpha=0.55, linewidth=0)
-        half = stats.t.ppf(0.975, len(finals) - 1) * stats.sem(finals) if len(finals) > 1 else 0
-        panel.errorbar(mean, row + 0.13, xerr=half, fmt="|", color=colour, markersize=11, markeredgewidth=2, capsize=3)
-    for mean in frame["final"][frame["method"] == "vanilla"].groupby(frame["label"]).mean():
+        if len(finals) > 1:
+            half = stats.t.ppf(0.975, len(finals) - 1) * stats.sem(finals)
+            bar: dict[str, Any] = {"fmt": "|", "markersize": 11, "markeredgewidth": 2, "capsize": 3}
+            panel.errorbar(mean, row + 0.13, xerr=half, color=colour, **bar)
+    plain = frame["final"][frame["method"] == "vanilla"].groupby(frame["label"]).mean()
+    for mean in plain:
         panel.axvline(mean, color=PALETTE[0], linewidth=0.8, linestyle=":", zorder=0)
-    panel.set_yticks(range(len(means)), _counted(frame, means.index))
-    panel.set_xlabel(f"test accuracy [%]: seeds{_same_count(frame)}, mean and 95% interval; dotted: plain training")
+    panel.set_yticks(range(len(means)), _counted(frame, means.index), parse_math=False)
+    marks = f"seeds{_same_count(frame)}" + (", mean and 95% interval" if len(frame) > len(means) else "")
+    panel.set_xlabel(f"test accuracy [%]: {marks}" + ("; dotted: plain training" if len(plain) else ""))
     _trim(panel, "x")
     _save(figure, path)
 
@@ -226,16 +234,18 @@ def plot_learning_curves(path: Path, frame: pd.DataFrame) -> None:
         mean, epochs = curves.mean(axis=0), np.arange(1, curves.shape[1] + 1)
         last = slice(-max(1, len(epochs) // 4), None)
         whole.plot(epochs, mean, label=text, linewidth=1.1, **styles[label])
-        end.plot(epochs[last], mean[last], linewidth=1.6, **styles[label])
-        if len(curves) > 1 and label in (order[0], *plain):
+        outstanding = label in (order[0], *plain)
+        end.plot(epochs[last], mean[last], linewidth=2 if outstanding else 1, **styles[label])
+        if len(curves) > 1 and outstanding:
             spread = curves.std(axis=0, ddof=1)[last]
             colour = styles[label]["color"]
             end.fill_between(
                 epochs[last], mean[last] - spread, mean[last] + spread, color=colour, alpha=0.15, linewidth=0
             )
-    whole.legend(frameon=False, fontsize=9, loc="lower right")
-    whole.set_ylabel(f"test accuracy [%], mean{_same_count(frame)}")
-    end.set_title("last quarter; bands: ± standard deviation", fontsize=10)
+    _legend(whole, fontsize=9, loc="lower right")
+    several = len(frame) > len(order)
+    whole.set_ylabel("test accuracy [%]" + (f", mean{_same_count(frame)}" if several else _same_count(frame)))
+    end.set_title("last quarter" + ("; bands: ± standard deviation" if end.collections else ""), fontsize=10)
     for panel in (whole, end):
         panel.set_xlabel("epoch")
         panel.xaxis.set_major_locator(whole_numbers())
@@ -254,11 +264,13 @@ def plot_cost(path: Path, frame: pd.DataFrame) -> None:
     for label, time in times.items():
         finals = frame["final"][frame["label"] == label]
         spread = finals.std() if len(finals) > 1 else 0
-        marker = "o" if styles[label]["linestyle"] == "-" else "s"
-        panel.errorbar(time, finals.mean(), spread, fmt=marker, color=styles[label]["color"], capsize=3, label=label)
+        style = {"color": styles[label]["color"], "fillstyle": "full" if styles[label]["linestyle"] == "-" else "none"}
+        marker = MARKERS[list(METHODS).index(frame["method"][frame["label"] == label].iloc[0]) % len(MARKERS)]
+        panel.errorbar(time, finals.mean(), spread or None, fmt=marker, markersize=7, capsize=3, label=label, **style)
     panel.set_xlabel("time of an epoch" + (", plain training = 1" if len(plain) else " [s]"))
-    panel.set_ylabel("test accuracy [%], mean ± standard deviation")
-    panel.legend(frameon=False, fontsize=9)
+    several = len(frame) > frame["label"].nunique()
+    panel.set_ylabel("test accuracy [%]" + (", mean ± standard deviation" if several else ""))
+    _legend(panel, fontsize=9)
     _trim(panel, "both")
     _save(figure, path)
 
@@ -293,20 +305,24 @@ def plot_reliability(
     count, accuracy, sure = np.nan_to_num(np.array(bins)).T
     lefts, gap = np.linspace(0, 1, len(bins) + 1)[:-1], sure - accuracy
     style: dict[str, Any] = {"width": 1 / len(bins), "align": "edge", "edgecolor": "white", "linewidth": 0.5}
-    figure = Figure(figsize=(5, 5.6), layout="constrained", dpi=120)
+    figure = Figure(figsize=(7, 5.6), layout="constrained", dpi=120)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.bar(lefts, accuracy, color=PALETTE[5], label="accuracy", **style)
-    above.bar(lefts, gap.clip(0), bottom=accuracy, color=PALETTE[7], alpha=0.5, label="overconfident by", **style)
-    above.bar(lefts, (-gap).clip(0), bottom=sure, color=PALETTE[2], alpha=0.6, label="underconfident by", **style)
-    above.plot([0, 1], [0, 1], "--", color="0.4", linewidth=1)
+    for part, bottom, colour, label in (
+        (gap, accuracy, PALETTE[7], "overconfident by"),
+        (-gap, sure, PALETTE[2], "underconfident by"),
+    ):
+        if (part > 0).any():
+            above.bar(lefts, part.clip(0), bottom=bottom, color=colour, alpha=0.5, label=label, **style)
+    above.plot([0, 1], [0, 1], "--", color="0.4", linewidth=1, label="calibrated")
     above.set_ylabel("accuracy")
     above.set_title(f"{title}\nexpected calibration error {ece:.2f}%", fontsize=9, parse_math=False)
-    above.legend(frameon=False, loc="upper left")
+    _legend(above, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
     below.bar(lefts, 100 * count / count.sum(), color="0.6", **style)
     below.axvline(confidence / 100, color=PALETTE[7], linewidth=1.2, label=f"mean confidence {confidence:.1f}%")
     below.axvline(top1 / 100, color=PALETTE[5], linewidth=1.2, linestyle="--", label=f"accuracy {top1:.1f}%")
     below.set(xlabel="confidence", ylabel="images [%]", xlim=(0, 1))
-    below.legend(frameon=False, loc="upper left", fontsize=8)
+    _legend(below, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
     for panel in (above, below):
         panel.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
@@ -335,15 +351,17 @@ def plot_corrupted_images(path: Path, shown: dict[str, list[torch.Tensor]], titl
     columns = [[F.pad(image, (gap,) * 4, value=255) for image in images] for images in shown.values()]
     mosaic = torch.cat([torch.cat(column, dim=1) for column in columns], dim=2).permute(1, 2, 0).numpy()
     rows, (height, width) = len(columns[0]), columns[0][0].shape[1:]
-    figure = Figure(figsize=(0.8 * len(shown), 0.8 * rows * height / width), dpi=120)
-    panel = figure.add_axes((0, 0, 1, 1))
-    panel.imshow(mosaic, interpolation="nearest", aspect="auto")
-    names = [name.replace("_", "\n") for name in shown]
-    panel.set_xticks(width * (np.arange(len(shown)) + 0.5) - 0.5, names, fontsize=7, parse_math=False)
+    figure = Figure(figsize=(0.8 * len(shown) + 0.8, 0.8 * rows * height / width + 2), layout="constrained", dpi=120)
+    panel = figure.subplots()
+    panel.imshow(mosaic, interpolation="nearest")
+    size = max(8.0, 0.8 * len(shown))  # can be read at the width of a page
+    names = [name.replace("_", " ") for name in shown]
+    places = width * (np.arange(len(shown)) + 0.5) - 0.5
+    panel.set_xticks(places, names, fontsize=size, rotation=40, ha="right", rotation_mode="anchor", parse_math=False)
     severities = ["clean", "1", "2", "3", "4", "5"][-rows:]
-    panel.set_yticks(height * (np.arange(rows) + 0.5) - 0.5, severities, fontsize=8)
-    panel.set_ylabel("severity", fontsize=8)
-    panel.set_title(title, fontsize=8, parse_math=False)
+    panel.set_yticks(height * (np.arange(rows) + 0.5) - 0.5, severities, fontsize=size)
+    panel.set_ylabel("severity", fontsize=size)
+    panel.set_title(title, fontsize=size, parse_math=False)
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
     _save(figure, path)
@@ -419,6 +437,12 @@ def _counted(frame: pd.DataFrame, labels: Iterable[Any]) -> list[str]:
     """Names of the methods, with their numbers of seeds where these differ."""
     counts = frame["label"].value_counts()
     return [label if counts.nunique() == 1 else f"{label}, n = {counts[label]}" for label in labels]
+
+
+def _legend(panel: Any, **how: Any) -> None:
+    """The legend of a panel; names of users' settings are text, not formulas."""
+    for text in panel.legend(frameon=False, **how).get_texts():
+        text.set_parse_math(False)
 
 
 def _trim(panel: Any, axis: Any) -> None:

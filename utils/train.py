@@ -169,6 +169,7 @@ class Leaves:
         self.mixed.draw()
         if self.run.folder is None:
             return
+        self.mixed.draw()  # an epoch of fewer batches than the picture has rows
         without_stopping(write_metrics, self.run.folder / "metrics.csv", rows)
         without_stopping(self.write_scalars, rows[-1])
         if time.monotonic() - self.plotted > CURVES_SECONDS:
