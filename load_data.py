@@ -15,7 +15,7 @@ What a data set is stands in ``KINDS``, one row each. Where its images come from
 * **digits**: scikit-learn's 1,797 handwritten digits, 8×8 enlarged to 32×32; a fifth of each class is the test set,
   always the same. Needs no files. Digits are not flipped in training: a mirrored digit is another thing.
 
-A data set of another kind is another row, and a source beside those below if none of them reads it.
+A data set of another kind is another row, and a source next to those below if none of them reads it.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Data:
         )
 
     def to(self, device: torch.device | str) -> Data:
-        """The same data kept on ``device``; on the host still, where it would take over 60 % of free CUDA memory."""
+        """The same data kept on ``device``; on the host still, where it would take over 60% of free CUDA memory."""
         device = torch.device(device)
         splits = [self.train, self.test] + ([self.valid] if self.valid else [])
         if device.type == "cuda":
@@ -168,7 +168,7 @@ def train_batches(
         images [B, 3, H, W] float32 and labels [B] int64, on ``device``.
     """
     number = len(data.train)
-    rng = np.random.default_rng([seed, epoch, 0xDA7A])  # a stream of its own beside the methods' draws
+    rng = np.random.default_rng([seed, epoch, 0xDA7A])  # a stream apart from the methods' draws
     order = rng.permutation(number)
     flips = (rng.random(number) < 0.5) & data.flip
     rows, columns = rng.integers(0, 2 * data.padding + 1, (2, number))

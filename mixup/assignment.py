@@ -127,7 +127,7 @@ def sources(
         ("compatibility", matrix, (*parts, n, n)),
     ):
         if array.shape != shape:
-            raise ValueError(f"{name} must be {shape} beside saliency {tuple(saliency.shape)}, got {array.shape}")
+            raise ValueError(f"{name} must be {shape} for saliency {tuple(saliency.shape)}, got {array.shape}")
     if start.min() < 0 or start.max() >= n:
         raise ValueError(f"initial_labels must lie in 0 … {n - 1}, got {start.min()} … {start.max()}")
     if n == 1:
@@ -343,7 +343,7 @@ def _resolve(counts: NDArray[np.float32]) -> NDArray[np.float32]:
     for outputs in twins.values():
         used = np.flatnonzero(counts[outputs[0]])
         if used.size > 1:
-            # for every two of them: the earlier is told off the lowest image, the later off the second
+            # for every two of them: the earlier pays for the lowest image, the later for the second
             extra[outputs[:-1], used[0]] = 1
             extra[outputs[1:], used[1]] = 1
     return extra

@@ -136,7 +136,7 @@ class CoMixupDraws:
 class CoMixup(PartialMixing):
     """Co-Mixup as a training method: a saliency pass, then a pass over the mixed images.
 
-    Settings beside those of ``PartialMixing``; see also ``mixup.assignment.AssignValues``:
+    Settings in addition to those of ``PartialMixing``; see also ``mixup.assignment.AssignValues``:
         mixup_alpha: of the symmetric Dirichlet draws, one a part; above 0.
         clean_lam: 2·clean_lam·(mean cross-entropy)/K of the saliency pass is part of the objective.
         m_block_num: cells a side; −1: 2, 4, 8 or 16 at random, of those that divide the image.

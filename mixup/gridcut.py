@@ -212,7 +212,7 @@ def swap_each(
     horizontal: NDArray,
     allowed: Sequence[NDArray[np.int64]],
 ) -> NDArray[np.int64]:
-    """``swap`` of every grid of a batch as if it were alone, each with labels of its own.
+    """``swap`` of every grid of a batch as if it were alone, each with its labels.
 
     By gco-wrapper one by one where it is installed, else side by side. Grids of up to 4×4 cells need no solver.
 
@@ -272,7 +272,7 @@ def _swap_side_by_side(
 
     labels = np.zeros((cells, grids), np.int64)
     place = np.arange(cells * grids).reshape(cells, grids) * 2 * count
-    # Pairs are numbered in their order. A grid's round goes on with those after ``solved`` and before ``end``.
+    # Pairs are numbered in their order. A grid's round continues with those after ``solved`` and before ``end``.
     solved, end, moved_last = np.full(grids, -1), np.full(grids, order.size), np.full(grids, -1)
     going, before = np.ones(grids, np.bool_), np.full(grids, np.inf)
     while True:
@@ -422,7 +422,7 @@ def _integers(array: ArrayLike) -> NDArray[np.int64]:
 
 @cache
 def _gco() -> Any:
-    """gco-wrapper's C functions, or None. A broken build counts as none: it fails in ways of its own on import."""
+    """gco-wrapper's C functions, or None. A broken build counts as none: it may fail in any way on import."""
     try:
         from gco.cgco import _cgco
     except Exception:

@@ -304,7 +304,7 @@ class PuzzleDraws(PairDraws):
 class PuzzleMix(MaskValues, PartialMixing):
     """Puzzle Mix as a training method: a pass whose input gradient is the saliency, then a pass over the mixed images.
 
-    Settings beside those of ``PartialMixing`` and ``MaskValues``:
+    Settings in addition to those of ``PartialMixing`` and ``MaskValues``:
         clean_lam: 0: saliency of the network in eval mode. Above 0: in the modes its modules are in, and
             2·clean_lam·(mean cross-entropy)/K of that pass is part of the objective.
         adv_p: probability, for image a and for image b of a batch each, of an adversarial perturbation before mixing.

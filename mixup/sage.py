@@ -1,6 +1,6 @@
 """SAGE: saliency-guided mixup with optimal rearrangements (Ma, Dvornik, Zhang, Pishdad, Derpanis, Fazly; BMVC 2022).
 
-Image b of every pair is moved by the offset at which the two saliency maps, laid over each other, keep most of their
+Image b of every pair is moved by the offset at which the two overlaid saliency maps keep most of their
 mass (``mixup.search``); then the two images are blended pixel by pixel in the proportion of their saliency.
 
     >>> a, b = lam * saliency, (1 - lam) * saliency[permutation]  # each map of sum 1 before

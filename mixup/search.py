@@ -1,8 +1,8 @@
-"""SAGE's search: the offset at which two saliency maps, laid over each other, keep most of their mass.
+"""SAGE's search: the offset at which two overlaid saliency maps keep most of their mass.
 
 All (2H−1)(2W−1) offsets are scored at once by Fourier transforms, at a cost that grows as H·W·log(H·W), and the leaders
 again exactly (Ma et al., "SAGE: Saliency-Guided Mixup with Optimal Rearrangements", BMVC 2022, defines the score; it
-tries about 1 % of the offsets one by one).
+tries about 1% of the offsets one by one).
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Setting:
     def problem(self, value: Any) -> str | None:
         """What is wrong with a value, or None."""
         if self.choices is not None:
-            return None if value in self.choices else f"{value!r} is none of {', '.join(self.choices)}"
+            return None if value in self.choices else f"{value!r} is not one of {', '.join(self.choices)}"
         if self.kind is bool:
             return None if isinstance(value, bool) else f"{value!r} is neither True nor False"
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or (self.kind is int and value % 1):
