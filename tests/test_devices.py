@@ -31,8 +31,7 @@ from mixup.puzzle import block_mask, puzzle_mix
 from mixup.sage import Sage, best_offsets, blend, gaussian_blur
 from mixup.saliency import fine_grained_saliency, mean_magnitude, saliency_pass
 from models import build_model
-from utils.device import emulates_bfloat16, prepare
-from utils.train import step_taker
+from utils.device import Captured, emulates_bfloat16, prepare
 
 from .common import ENVIRONMENT, MEAN, ROOT, SAGE, STD, golden, load_fixed_weights, main, normalise, rows, weights
 from .test_models import CASES, ONE_OF_A_FAMILY
@@ -286,6 +285,19 @@ def test_fast_compiles_every_architecture(arch: str) -> None:
     torch.testing.assert_close(fast_step.loss, slow_step.loss, rtol=3e-2, atol=1e-4)
 
 
+def step_of(method: Method, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """The training step of ``utils.train.fit``."""
+
+    def step(images: Tensor, labels: Tensor, draws: Any) -> Step:
+        optimizer.zero_grad(set_to_none=True)
+        result = method.step(model, images, labels, draws)
+        result.loss.backward()
+        optimizer.step()
+        return result.detached()
+
+    return step
+
+
 @needs_cuda
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.recordable])
 def test_steps_are_recorded_and_do_what_they_do(name: str) -> None:
@@ -297,7 +309,9 @@ def test_steps_are_recorded_and_do_what_they_do(name: str) -> None:
         model = prepare(network(), device, True).train()
         optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, nesterov=True, fused=True)
         method = make(name)
-        take = step_taker(method, model, optimizer, device, record)
+        take = step_of(method, model, optimizer)
+        if record:
+            take = Captured(take, lambda: optimizer.param_groups[0]["lr"], device)  # noqa: B023
         for seed in range(12):
             count = 8 if seed == 5 else len(images)  # as the last batch of an epoch may be smaller
             draws = method.draw(np.random.default_rng(seed), count, 32, 32, 0)
@@ -306,7 +320,7 @@ def test_steps_are_recorded_and_do_what_they_do(name: str) -> None:
                 end = held.loss.item(), torch.cat([p.detach().flatten() for p in model.parameters()])
                 optimizer.param_groups[0]["lr"] = 0.0  # a recording that kept the rate would go on training
         if record:
-            assert take.kept is not None  # type: ignore[attr-defined]
+            assert take.kept is not None
         assert torch.equal(end[1], torch.cat([p.detach().flatten() for p in model.parameters()]))
         ends.append(end)
     assert ends[1][0] == pytest.approx(ends[0][0], rel=2e-2)

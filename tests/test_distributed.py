@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -287,21 +289,41 @@ def test_a_dead_network_stops_every_rank_with_one_line(
 
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "TORCHELASTIC_RUN_ID": "none"}
-    for name, value in place.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(dist, "init_process_group", lambda *args, **how: None)
+    set_place(monkeypatch, 0)
     with pytest.raises(BadArguments, match="--batch_size 7 does not divide over 2 processes"):
         distributed.join(0, 7)
 
 
-def test_processes_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object, **how: object) -> None:
-        raise RuntimeError("Timed out after 1800 seconds waiting for clients. 1/2 clients joined.")
-
-    place = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "TORCHELASTIC_RUN_ID": "none"}
-    for name, value in place.items():
+def set_place(monkeypatch: pytest.MonkeyPatch, rank: int, **more: object) -> None:
+    """This process is one of two that torchrun started."""
+    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "none"}
+    for name, value in (place | more).items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(dist, "init_process_group", fail)
-    with pytest.raises(UserError, match="process 1 did not meet the other 1: Timed out"):
-        distributed.join(0, 100)
+
+
+def test_a_meeting_ignores_the_words_of_dead_processes() -> None:
+    """Three attempts in one store, as torchrun keeps it; once rank 0 comes last, once first."""
+    store, size = dist.HashStore(), 3
+    store.set("present/1", "of a killed process")
+    names = []
+    for late in (0, 0, 2):
+        with ThreadPoolExecutor(size) as pool:
+
+            def meet(rank: int, late: int = late) -> str:
+                time.sleep(0.1 * (rank == late))
+                return distributed.agreed_name(store, World(rank, size, rank))
+
+            names.append(set(pool.map(meet, range(size))))
+    assert [len(found) for found in names] == [1, 1, 1]
+    assert len(set.union(*names)) == 3
+
+
+def test_processes_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = dist.TCPStore("localhost", 0, is_master=True)
+    monkeypatch.setattr(distributed, "MEETING", timedelta(seconds=0.2))
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": server.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    for rank in (0, 1):
+        set_place(monkeypatch, rank, **address)
+        with pytest.raises(UserError, match=f"process {rank} did not meet the other 1: .+"):
+            distributed.join(0, 100)
+    assert not dist.is_initialized()

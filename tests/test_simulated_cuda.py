@@ -7,7 +7,6 @@ passes need a real device; gradients of the right shape take their place.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -27,9 +26,11 @@ from mixup import METHODS, assignment, build_method, puzzle
 from models import build_model
 from models.preactresnet import PreActBlock, PreActResNet
 from utils import options
+from utils.checkpoint import Saver
 from utils.device import as_tensors
+from utils.errors import StopSignal
 from utils.run import Run
-from utils.train import Meter, evaluate, step_taker, train_epoch
+from utils.train import Meter, evaluate, fit
 
 GPU = torch.device("cuda", 0)
 # what allocates, or makes a view that its schema does not call one: the device does nothing
@@ -58,7 +59,7 @@ class Watch(TorchDispatchMode):
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if name == "_local_scalar_dense":
             self.waits += ["a value is read"] * given[0].is_cuda
-            return math.inf if given[0].is_floating_point() else 1
+            return 1.0 if given[0].is_floating_point() else 1
         result = func(*args, **kwargs)
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         kinds = {x.device.type for x in given + made}
@@ -264,28 +265,24 @@ def backward_with(run: Run) -> Callable[[Tensor], None]:
 @pytest.mark.parametrize("name", METHODS)
 def test_an_epoch_waits_at_its_end_alone(name: str, fast: bool, simulation: pytest.MonkeyPatch) -> None:
     """Loader, draws, steps with a smaller last batch, optimiser and meter; Puzzle Mix and Co-Mixup wait once a step."""
-    run = simulated_run(name, *(["--fast"] if fast else []))
+    run = simulated_run(name, "--epochs", "1", *(["--fast"] if fast else []))
     simulation.setattr(Tensor, "backward", backward_with(run))
     run.optimizer.param_groups[0]["fused"] = None  # a kernel that the simulation lacks
-    simulation.setattr(Meter, "show", lambda meter, now: None)  # a bar's numbers, twice a second
-    steps: list[Any] = []
-    take = step_taker(run.method, run.model, run.optimizer, run.device, record=False)
-
-    def step(*given: Any) -> Any:
-        steps.append(take(*given))
-        return steps[-1]
-
+    simulation.setattr("utils.train.Captured", lambda step, *rest: step)  # there is nothing to record either
+    results: list[Any] = []
+    add = Meter.add
+    simulation.setattr(Meter, "add", lambda meter, result, labels: (results.append(result), add(meter, result, labels)))
+    ends: list[int] = []
+    simulation.setattr("utils.train.after_epoch", lambda *given: (ends.append(len(watch.waits)), 1 / 0))
     assert next(run.model.parameters()).device == GPU
-    run.model.train()
-    run.clock = 0.0
-    with Watch() as watch:
-        assert train_epoch(run, step)
-    assert [len(result.logits) for result in steps] == [100, 100, 50]
-    assert {result.logits.dtype for result in steps} == {torch.bfloat16 if fast else torch.float32}
-    assert {result.loss.dtype for result in steps} == {torch.float32}
+    with Watch() as watch, pytest.raises(ZeroDivisionError):
+        fit(run, Saver(run, None), StopSignal())
+    assert [len(result.logits) for result in results] == [100, 100, 50]
+    assert {result.logits.dtype for result in results} == {torch.bfloat16 if fast else torch.float32}
+    assert {result.loss.dtype for result in results} == {torch.float32}
     of_steps = {"puzzle": 3, "comix": 4}.get(name, 0)  # the last 50 images are two parts of 20 and a smaller one
-    # first_bad, the four sums, which are read twice, and whether a gradient is not 0
-    assert len(watch.waits) == of_steps + 1 + 2 * 4 + 1, watch.waits
+    # the four sums, which are read twice, and whether a gradient is not 0
+    assert ends == [of_steps + 2 * 4 + 1], watch.waits
 
 
 def test_images_on_the_host_cross_without_a_wait(simulation: pytest.MonkeyPatch) -> None:

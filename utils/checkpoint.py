@@ -74,7 +74,7 @@ class Saver:
 
     def save(self) -> None:
         """Write what changed; a failing disk stops the run with one line, and the earlier checkpoints stay."""
-        refuse_bad_weights(self.run.model)
+        refuse_bad_weights(self.run)
         self.saved, folder = time.monotonic(), self.run.folder
         if folder is None:
             return
@@ -134,14 +134,27 @@ def copied(value: Any, into: Any) -> Any:
     return value
 
 
-def refuse_bad_weights(model: nn.Module) -> None:
-    """Raise ``FloatingPointError`` where a weight is not finite: a finite loss can still lead to such weights, and they
-    must not reach a checkpoint."""
-    values = [value for value in model.state_dict().values() if value.is_floating_point()]
+def refuse_bad_weights(run: Run) -> None:
+    """Raise ``UserError`` where a weight is not finite: a finite loss can still lead to such weights, and they must not
+    reach a checkpoint."""
+    values = [value for value in run.model.state_dict().values() if value.is_floating_point()]
     if torch.stack([value.sum() for value in values]).isfinite().all():
         return
     if not all(value.isfinite().all() for value in values):  # finite values, too, may have a sum that is not
-        raise FloatingPointError
+        raise not_finite(run, run.progress.step)
+
+
+def not_finite(run: Run, step: int) -> UserError:
+    """The error for numbers that went wrong, raised before anything is saved over the last good checkpoint."""
+    return UserError(f"the loss is not finite in epoch {run.progress.epoch}, step {step} {cure(run)}")
+
+
+def cure(run: Run) -> str:
+    """What may help a training whose numbers went wrong."""
+    return (
+        f"({run.method.name}, learning rate {run.training.rate(run.progress.epoch):g}). Try a smaller --learning_rate, "
+        "with an --add_name; the last good checkpoint is untouched"
+    )
 
 
 def lock_is_lost(folder: Path, held: IO) -> bool:

@@ -13,9 +13,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -25,6 +28,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import BadArguments, UserError, stopping_signals
+
+MEETING = timedelta(minutes=5)  # torchrun starts all processes at once; one may have to import from a far disk
 
 
 @dataclass(frozen=True)
@@ -40,28 +45,21 @@ class World:
         return slice(number * self.rank // self.size, number * (self.rank + 1) // self.size)
 
 
-def is_launched() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def must_launch(ngpu: int) -> bool:
     """Whether this process is to start others, one a GPU, instead of training itself."""
-    return ngpu > 1 and torch.cuda.is_available() and not is_launched()
+    return ngpu > 1 and torch.cuda.is_available() and not dist.is_torchelastic_launched()
 
 
 def launch(ngpu: int, arguments: Sequence[str]) -> int:
-    """Start a program with its ``arguments`` on ``ngpu`` GPUs of this machine, by torchrun; returns its exit code.
-
-    Signals are passed on, and 128 + signal is returned once every process has saved and left.
-    """
+    """Start a program with its ``arguments`` on ``ngpu`` GPUs of this machine, by torchrun; returns its exit code, or
+    128 + signal once every process has saved and left."""
     if torch.cuda.is_available() and ngpu > torch.cuda.device_count():
         raise BadArguments(f"--ngpu {ngpu}: this machine has {torch.cuda.device_count()} GPUs")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ngpu}"]
-    received: list[int] = []
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ngpu}"]
     # saving and leaving may take longer than the 30 s after which torchrun kills; Ctrl-C reaches it through us alone
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600", **os.environ}
-    child = subprocess.Popen([*command, *arguments], env=environment, start_new_session=True)
+    child = subprocess.Popen([*torchrun, *arguments], env=environment, start_new_session=True)
+    received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
@@ -74,29 +72,50 @@ def launch(ngpu: int, arguments: Sequence[str]) -> int:
 
 
 def join(ngpu: int, batch_size: int) -> World:
-    """Meet the other processes if torchrun started this one.
-
-    Raises:
-        BadArguments: the batch does not divide over the processes, or there is no GPU for this one.
-        UserError: they did not meet; torchrun then tries again as often as its ``--max_restarts`` says.
-    """
-    if not is_launched():
+    """Meet the other processes, if torchrun started this one."""
+    if not dist.is_torchelastic_launched():
         return World()
     world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    if batch_size % world.size:
+        raise BadArguments(f"--batch_size {batch_size} does not divide over {world.size} processes")
     backend, device = "gloo", None
     if ngpu > 0 and torch.cuda.is_available():
-        if world.local_rank >= (count := torch.cuda.device_count()):
-            raise BadArguments(f"process {world.local_rank} of this machine has no GPU: there are {count}")
+        if world.local_rank >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise BadArguments(f"process {world.local_rank} of this machine has no GPU: it has {count}")
         backend, device = "nccl", torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group(backend, device_id=device)
+        store, _, _ = next(dist.rendezvous("env://", timeout=MEETING))
+        store = dist.PrefixStore(agreed_name(store, world), store)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, device_id=device)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"process {world.rank} did not meet the other {world.size - 1}: {reason}") from error
-    if batch_size % world.size:
-        raise BadArguments(f"--batch_size {batch_size} does not divide over {world.size} processes")
     return world
+
+
+def agreed_name(store: dist.Store, world: World) -> str:
+    """A name that the processes of this attempt alone know, chosen by rank 0.
+
+    torchrun keeps one store through all its restarts, with the addresses of killed processes in it (a new process that
+    reads one of them never meets the others), and the machines of a run need not count restarts alike. So every other
+    process first shows that it is alive, by a key never used before, and is answered under that key.
+    """
+    mine = uuid.uuid4().hex
+    if world.rank > 0:
+        store.set(f"present/{world.rank}", mine)
+        name = store.get(mine).decode()
+        store.set(f"{name}/{world.rank}", "heard")
+        return name
+    deadline = time.monotonic() + MEETING.total_seconds()
+    while missing := [rank for rank in range(1, world.size) if not store.check([f"{mine}/{rank}"])]:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"process {missing[0]} does not answer")
+        for rank in missing:
+            store.set(store.get(f"present/{rank}").decode(), mine)  # a dead one's key at first; its successor's comes
+        time.sleep(0.02)
+    return mine
 
 
 def leave() -> None:
@@ -116,19 +135,17 @@ def common_error(message: str) -> BaseException:
 
 def from_first(value: Any) -> Any:
     """Rank 0's value, on every rank; it is pickled on the way."""
-    if not dist.is_initialized():
-        return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
 def total(values: Tensor) -> Tensor:
     """The sum of a tensor over all ranks."""
-    if not dist.is_initialized():
-        return values
     values = values.clone()
-    dist.all_reduce(values)
+    if dist.is_initialized():
+        dist.all_reduce(values)
     return values
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from load_data import Data, Split, steps_per_epoch, test_batches, train_batches
 from mixup.base import Step, bce_loss, to_device
 
 from . import distributed, pictures
-from .checkpoint import Saver, refuse_bad_weights
+from .checkpoint import Saver, cure, not_finite, refuse_bad_weights
 from .device import Captured, peak_memory, step_generator
 from .distributed import World
 from .errors import StopSignal, UserError
@@ -27,7 +26,6 @@ from .run import COLUMNS, Run, best_row, line_of_epoch, line_of_scores, log, wri
 
 EVALUATION_BATCH = {"cpu": 250, "mps": 500, "cuda": 1000}  # images of 32×32; fewer of larger ones
 AGREE_STEPS = 10  # ranks agree this often on saving and stopping; each time they wait for each other
-BAR_SECONDS = 0.5  # the numbers beside the bar on a terminal are read from the device this often
 CURVES_SECONDS = 20  # plotting takes half a second; refreshed at most this often while running
 ROUNDING = 1e-4  # of a loss, relative; float32 is far more exact
 
@@ -40,49 +38,56 @@ def fit(run: Run, saver: Saver, stop: StopSignal) -> None:
 
     def step(images: Tensor, labels: Tensor, draws: Any) -> Step:
         optimizer.zero_grad(set_to_none=True)
-        result = method.step(model, images, labels, draws)
+        result = method.step(model, images, labels, draws)  # mixes, then runs the network on what was mixed
         weight = weight_of(run, len(labels))
         (result.loss if weight == 1 else result.loss * weight).backward()
         optimizer.step()
         return result.detached()  # autograd's nodes must not outlive the step
 
+    take_step: Callable[..., Step] = step
     if training.fast and run.device.type == "cuda" and world.size == 1 and method.recordable:
-        take_step: Callable[..., Step] = Captured(step, lambda: [g["lr"] for g in optimizer.param_groups], run.device)
-    else:
-        take_step = step
+        # the same step as one CUDA graph; it is recorded anew when the learning rate changes
+        take_step = Captured(step, lambda: [group["lr"] for group in optimizer.param_groups], run.device)
 
-    with failures_named(run):
-        while progress.epoch < training.epochs and not stopped(run, stop):
-            for group in optimizer.param_groups:
-                group["lr"] = training.rate(progress.epoch)
-            log.info(line_of_epoch(progress, training))
-            model.train()
-            stopping = False
-            with Meter(run) as meter:
-                for images, labels in rest_of_epoch(run):
-                    # every random choice depends on seed, epoch, step and rank alone: a stopped run continues bitwise
-                    rng = step_generator(training.seed, progress.epoch, progress.step, world.rank)
-                    draws = method.draw(rng, len(images), images.shape[2], images.shape[3], progress.epoch)
-                    result = take_step(images, labels, draws)
-                    progress.step += 1
-                    meter.add(result, labels)
-                    leaves.mixed.collect(progress.epoch, result.mixed, images, draws)
-                    stopping = save_or_stop(run, saver, stop, meter)
-                    if stopping:
-                        break
-                else:
-                    meter.settle()
-            if not stopping:
-                after_epoch(run, saver, stop, leaves)
-        if stopped(run, stop):
-            saver.save()
+    while progress.epoch < training.epochs and not stopped(run, stop):
+        for group in optimizer.param_groups:
+            group["lr"] = training.rate(progress.epoch)
+        log.info(line_of_epoch(progress, training))
+        model.train()
+        meter, batches = Meter(run), rest_of_epoch(run)
+        for images, labels in batches:
+            # every random choice depends on seed, epoch, step and rank alone: a stopped run continues to the same bits
+            rng = step_generator(training.seed, progress.epoch, progress.step, world.rank)
+            draws = method.draw(rng, len(images), images.shape[2], images.shape[3], progress.epoch)
+            try:
+                result = take_step(images, labels, draws)  # go!
+            except (FloatingPointError, ValueError) as error:
+                raise failed(run, error) from error
+            progress.step += 1
+            meter.add(result, labels)
+            meter.show(batches)
+            leaves.mixed.collect(progress.epoch, result.mixed, images, draws)
+            if save_or_stop(run, saver, stop, meter):
+                break
+        else:  # the epoch is over
+            meter.settle()
+            after_epoch(run, saver, stop, leaves)
+    if stopped(run, stop):
+        saver.save()
 
 
-def rest_of_epoch(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels of the batches that are left of the epoch in progress: this process's part of each."""
-    return train_batches(
-        run.data, batch_size=run.training.batch_size, seed=run.training.seed, epoch=run.progress.epoch,
-        device=run.device, start=run.progress.step, part_of=run.world.part,
+def rest_of_epoch(run: Run) -> tqdm:
+    """Images and labels of the batches that are left of the epoch in progress, this process's part of each; with a bar
+    on a terminal."""
+    training, progress = run.training, run.progress
+    batches = train_batches(
+        run.data, batch_size=training.batch_size, seed=training.seed, epoch=progress.epoch, device=run.device,
+        start=progress.step, part_of=run.world.part,
+    )  # fmt: skip
+    return tqdm(
+        batches, desc=f"epoch {progress.epoch}/{training.epochs}", unit="batch", initial=progress.step,
+        total=steps_per_epoch(len(run.data.train), training.batch_size), leave=False,
+        disable=run.world.rank > 0 or not sys.stderr.isatty(),
     )  # fmt: skip
 
 
@@ -99,8 +104,7 @@ def weight_of(run: Run, images: int) -> float:
 
 
 def save_or_stop(run: Run, saver: Saver, stop: StopSignal, meter: Meter) -> bool:
-    """Show the batch, and save where that is due. Whether a signal came, to any process: every few steps they agree."""
-    meter.show()
+    """Save where that is due. Whether a signal came, to any process: every few steps they agree."""
     if run.world.size > 1 and run.progress.step % AGREE_STEPS:
         return False
     wanted = distributed.largest(stop.exit_code or int(saver.is_due()), run.device)
@@ -134,6 +138,7 @@ def after_epoch(run: Run, saver: Saver, stop: StopSignal, leaves: Leaves) -> Non
         return
     if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
         raise not_finite(run, progress.step)
+    refuse_bad_weights(run)
     best = best_row([*progress.rows, row])
     row.update(
         best_top1=best["test_top1"],
@@ -141,7 +146,6 @@ def after_epoch(run: Run, saver: Saver, stop: StopSignal, leaves: Leaves) -> Non
         images_per_second=round(progress.sums[3] / progress.seconds, 1),
         peak_memory_gb=round(peak_memory(run.device), 1),
     )
-    refuse_bad_weights(run.model)
     progress.next_epoch(row)
     if best is row or not saver.has_best():
         saver.keep_best()
@@ -166,23 +170,20 @@ class Leaves:
             if rows[-1][f"{name}_top1"] is not None:
                 log.info(line_of_scores(name.capitalize(), rows[-1], name))
         log.info(f"  {rows[-1]['seconds']:.1f} s, {rows[-1]['images_per_second']:.0f} images/s in training")
-        self.mixed.draw()
-        if self.run.folder is None:
-            return
         self.mixed.draw()  # an epoch of fewer batches than the picture has rows
-        without_stopping(write_metrics, self.run.folder / "metrics.csv", rows)
-        without_stopping(self.write_scalars, rows[-1])
+        if self.run.folder is None or self.scalars is None:
+            return
+        try:
+            write_metrics(self.run.folder / "metrics.csv", rows)
+            for name, value in rows[-1].items():
+                if value is not None and name != "epoch":
+                    self.scalars.add_scalar(name.replace("_", "/", 1), value, rows[-1]["epoch"])
+            self.scalars.flush()
+        except OSError as error:  # a full disk, perhaps; the next epoch writes all rows again
+            log.warning(f"warning: {error}; training continues without that file")
         if time.monotonic() - self.plotted > CURVES_SECONDS:
             plot_curves(self.run)
             self.plotted = time.monotonic()
-
-    def write_scalars(self, row: dict[str, Any]) -> None:
-        """The numbers of an epoch for TensorBoard, in groups by the first part of their name."""
-        assert self.scalars is not None
-        for name, value in row.items():
-            if value is not None and name != "epoch":
-                self.scalars.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
-        self.scalars.flush()
 
 
 def plot_curves(run: Run) -> None:
@@ -193,52 +194,27 @@ def plot_curves(run: Run) -> None:
         pictures.attempt(pictures.plot_curves, path, run.progress.rows, title, run.training.schedule, mixes)
 
 
-def without_stopping(write: Callable[..., object], *args: Any) -> None:
-    """Do something a run can live without; say so if the disk refuses."""
-    try:
-        write(*args)
-    except OSError as error:
-        log.warning(f"warning: {error}; training continues without that file")
-
-
 class Meter:
-    """Sums over the epoch in progress, gathered on the device and read back only when somebody asks; and the bar of a
-    terminal or the lines that take its place."""
+    """Sums over the epoch in progress, gathered on the device and read back only when somebody asks."""
 
     def __init__(self, run: Run) -> None:
-        self.run = run
+        self.run, self.began = run, time.monotonic() - run.progress.seconds
         start = run.progress.sums if run.world.rank == 0 else [0.0] * 4
         self.sums = to_device(start, run.device, sum_type(run.device))
-        self.first_bad = torch.full((), math.inf, device=run.device)
-        self.total = steps_per_epoch(len(run.data.train), run.training.batch_size)
         self.last: Step | None = None
 
-    def __enter__(self) -> Meter:
-        progress = self.run.progress
-        self.bar = tqdm(
-            total=self.total, initial=progress.step, desc=f"epoch {progress.epoch}/{self.run.training.epochs}",
-            unit="batch", disable=self.run.world.rank > 0 or not sys.stderr.isatty(), leave=False,
-        )  # fmt: skip
-        self.shown = time.monotonic()
-        self.began = self.shown - progress.seconds
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-
     def add(self, result: Step, labels: Tensor) -> None:
-        """Add the batch before ``progress.step``; remembers the first one whose loss is not finite."""
-        loss, self.last = result.loss, result
-        count = torch.full((), len(labels), device=loss.device)
-        self.sums += torch.stack([loss * count, *hits(result.logits, labels), count])
-        number = self.run.progress.step - 1
-        self.first_bad = torch.where(loss.isfinite(), self.first_bad, self.first_bad.clamp(max=number))
+        """Add a batch."""
+        self.last = result
+        count = torch.full((), len(labels), device=labels.device)
+        self.sums += torch.stack([result.loss * count, *hits(result.logits, labels), count])
 
     def read(self) -> list[float]:
-        """This rank's sums; stops the run on numbers that went wrong."""
-        if math.isfinite(bad := self.first_bad.item()):
-            raise not_finite(self.run, int(bad))
-        return self.sums.tolist()
+        """This rank's sums; stops the run on a loss that was not finite, for then their sum never is again."""
+        sums = self.sums.tolist()
+        if not math.isfinite(sums[0]):
+            raise not_finite(self.run, self.run.progress.step - 1)
+        return sums
 
     def settle(self) -> None:
         """Put the sums of all ranks and the time into the run's progress; waits for the device first."""
@@ -247,27 +223,25 @@ class Meter:
         self.run.progress.seconds = time.monotonic() - self.began
         refuse_dead_network(self.run, self.last)
 
-    def show(self) -> None:
-        """The bar, or a line every --print_freq batches."""
-        self.bar.update()
-        if self.bar.disable and self.run.progress.step % self.run.training.print_freq == 0:
-            log.info(self.line())
-        elif not self.bar.disable and time.monotonic() - self.shown > BAR_SECONDS:
-            self.shown = time.monotonic()
-            self.bar.set_postfix_str(
-                "loss {train_loss:.4f} acc {train_top1:.2f}".format(**scores(self.read(), "train"))
-            )
-        elif self.run.device.type == "cpu":
+    def show(self, bar: tqdm) -> None:
+        """Loss and accuracy every --print_freq batches: beside the bar, or in a line where there is none."""
+        if self.run.progress.step % self.run.training.print_freq == 0:
+            if bar.disable:
+                log.info(self.line())
+            else:
+                bar.set_postfix_str("loss {train_loss:.4f} acc {train_top1:.2f}".format(**scores(self.read(), "train")))
+        elif self.run.device.type == "cpu":  # nothing to wait for: a bad loss ends the run at once
             self.read()
 
     def line(self) -> str:
         """The published line within an epoch; loss and accuracy of many processes are the first one's."""
-        current, progress = scores(self.read(), "train"), self.run.progress
-        images = min(progress.step * self.run.training.batch_size, len(self.run.data.train))
+        current, progress, size = scores(self.read(), "train"), self.run.progress, self.run.training.batch_size
+        number = len(self.run.data.train)
+        rate = min(progress.step * size, number) / (time.monotonic() - self.began)
         return (
-            f"  Epoch: [{progress.epoch:03d}][{progress.step:03d}/{self.total:03d}]   "
+            f"  Epoch: [{progress.epoch:03d}][{progress.step:03d}/{steps_per_epoch(number, size):03d}]   "
             f"Loss {current['train_loss']:.4f}   Prec@1 {current['train_top1']:.3f}   "
-            f"Prec@5 {current['train_top5']:.3f}   {images / (time.monotonic() - self.began):.0f} images/s"
+            f"Prec@5 {current['train_top5']:.3f}   {rate:.0f} images/s"
         )
 
 
@@ -329,25 +303,12 @@ def sum_type(device: torch.device) -> torch.dtype:
 # ---------------------------------------------------------------------------------------------- numbers that went wrong
 
 
-@contextmanager
-def failures_named(run: Run) -> Iterator[None]:
-    """What goes wrong within says where in the run it did."""
-    try:
-        yield
-    except FloatingPointError as error:
-        raise not_finite(run, run.progress.step) from error
-    except ValueError as error:
-        where = f"epoch {run.progress.epoch}, step {run.progress.step}"
-        raise UserError(f"{run.method.name} stops in {where}: {error}. Try less extreme settings") from error
-
-
-def not_finite(run: Run, step: int) -> UserError:
-    """The error for a loss that is not a number, raised before anything is saved over the last good checkpoint."""
-    epoch = run.progress.epoch
-    return UserError(
-        f"the loss is not finite in epoch {epoch}, step {step} ({run.method.name}, learning rate "
-        f"{run.training.rate(epoch):g}). Try a smaller --learning_rate; the last good checkpoint is untouched"
-    )
+def failed(run: Run, error: Exception) -> UserError:
+    """The error for a step that a method could not take, with the place where it happened."""
+    if isinstance(error, FloatingPointError):
+        return not_finite(run, run.progress.step)
+    where = f"epoch {run.progress.epoch}, step {run.progress.step}"
+    return UserError(f"{run.method.name} stops in {where}: {error}. Try less extreme settings")
 
 
 def refuse_dead_network(run: Run, last: Step | None) -> None:
@@ -364,10 +325,7 @@ def refuse_dead_network(run: Run, last: Step | None) -> None:
     total, images = distributed.total(to_device(part, run.device, sum_type(run.device))).tolist()
     loss, equal = total / images, (math.log(classes) - (classes - 1) * math.log1p(-1 / classes)) / classes
     if distributed.largest(int(loss > equal * (1 + ROUNDING)), run.device):
-        epoch = run.progress.epoch
         raise distributed.common_error(
-            f"the network is dead in epoch {epoch}: every gradient of the last batch is exactly 0, at a loss of "
-            f"{loss:.4g}, where equal probabilities have {equal:.4g} ({run.method.name}, learning rate "
-            f"{run.training.rate(epoch):g}). Try a smaller --learning_rate, with an --add_name; the last good "
-            "checkpoint is untouched"
+            f"the network is dead in epoch {run.progress.epoch}: every gradient of the last batch is exactly 0, at a "
+            f"loss of {loss:.4g}, where equal probabilities have {equal:.4g} {cure(run)}"
         )
