@@ -1,4 +1,4 @@
-"""What the pictures of a run say."""
+"""What the pictures of a run, of an evaluation and of a table say."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from mixup import build_method
 from mixup.base import Mixed, bce_loss
-from utils import pictures, records
+from utils import pictures
+from utils.run import COLUMNS
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def plotted(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 def test_curves_have_ticks_at_whole_epochs_and_name_what_was_trained_on(
     plotted: list[Figure], epochs: int, mixes: bool
 ) -> None:
-    rows = [{**dict.fromkeys(records.COLUMNS, 1.0), "epoch": epoch, "valid_top1": None} for epoch in range(epochs)]
+    rows = [{**dict.fromkeys(COLUMNS, 1.0), "epoch": epoch, "valid_top1": None} for epoch in range(epochs)]
     pictures.plot_curves(Path("curves.png"), rows, "SAGE", [1], mixes)
     (figure,) = plotted
     for panel in figure.axes:
@@ -42,43 +46,69 @@ def test_curves_have_ticks_at_whole_epochs_and_name_what_was_trained_on(
     assert legend.get_texts()[0].get_text() == ("train (mixed images)" if mixes else "train")
 
 
-def test_mixed_images_have_a_title_names_of_columns_and_targets(plotted: list[Figure]) -> None:
-    images, partners, blend = torch.rand(3, 2, 3, 4, 4)
-    maps = torch.rand(2, 2, 4, 4)
-    targets = torch.tensor([[0.25, 0.75], [1, 0]])
-    mixed = Mixed(
-        blend, targets, torch.zeros(()), partner=partners, saliency=(maps[0], maps[1]), loss_function=bce_loss
-    )
-    data: Any = SimpleNamespace(mean=(0.5,) * 3, std=(0.25,) * 3, classes=["cat", "dog"])
-    pictures.plot_mixed(Path("mixed.png"), mixed, images, data, "SAGE, epoch 7")
+DATA: Any = SimpleNamespace(mean=(0.5,) * 3, std=(0.25,) * 3, classes=["cat", "dog"])
+
+
+def a_pair(**more: Any) -> dict[str, Any]:
+    images = torch.rand(2, 3, 4, 4)
+    return {"image a": images[0], "mixed": images[1], "target": torch.tensor([0.25, 0.75]), "lam": 0.25, **more}
+
+
+def test_mixed_images_have_names_of_columns_lambda_and_shares(plotted: list[Figure]) -> None:
+    maps = {"image b": torch.rand(3, 4, 4), "saliency a": torch.rand(4, 4), "saliency b": torch.rand(4, 4)}
+    pairs = [a_pair(**maps), a_pair(**maps, target=torch.tensor([1.0, 0]), lam=None)]
+    pictures.plot_mixed(Path("mixed.png"), pairs, DATA, "SAGE, epoch 7")
     (figure,) = plotted
     assert figure.get_suptitle() == "SAGE, epoch 7"
     (panel,) = figure.axes
-    titles, shares = ["image a", "image b", "saliency a", "saliency b", "mixed"], ["75 % dog + 25 % cat", "100 % cat"]
-    assert [text.get_text() for text in panel.texts] == titles + shares
-    lefts = [image.get_extent()[0] for image in panel.images]
-    tops = [image.get_extent()[3] for image in panel.images]
-    assert (len(set(lefts)), len(set(tops))) == (5, 2)
-    assert [lefts.count(left) for left in sorted(set(lefts))] == [2] * 5
-    shown = {(image.get_extent()[3], image.get_extent()[0]): image.get_array() for image in panel.images}
-    for row, top in enumerate(sorted(set(tops))):
-        cells = [shown[top, left] for left in sorted(set(lefts))]
-        for cell, normalised in zip((cells[0], cells[1], cells[4]), (images, partners, blend), strict=True):
-            assert np.array_equal(cell, (normalised[row] * 0.25 + 0.5).clamp(0, 1).permute(1, 2, 0))
-        for cell, saliency in zip(cells[2:4], maps, strict=True):
-            assert np.array_equal(cell, saliency[row])
-    # each name above its column, each target below its row
-    for text, left in zip(panel.texts[:5], sorted(set(lefts)), strict=True):
-        assert left < text.get_position()[0] < left + 1
-        assert text.get_position()[1] < 0
-    for text, top in zip(panel.texts[5:], sorted(set(tops)), strict=True):
-        assert top + 1 < text.get_position()[1] < top + 1.2
+    names, shares = (
+        ["image a", "image b", "saliency a", "saliency b", "mixed"],
+        ["λ = 0.25: 75% dog + 25% cat", "100% cat"],
+    )
+    assert [text.get_text() for text in panel.texts] == names + shares
+    shown = {(image.get_extent()[0], image.get_extent()[3]): image.get_array() for image in panel.images}
+    assert len(shown) == len(panel.images) == 10
+    lefts = sorted({left for left, _ in shown})
+    for pair, top in zip(pairs, sorted({top for _, top in shown}), strict=True):
+        for name, left in zip(names, lefts, strict=True):
+            expected = pair[name]
+            if expected.ndim == 3:
+                expected = (expected * 0.25 + 0.5).clamp(0, 1).permute(1, 2, 0)
+            assert np.array_equal(shown[left, top], expected)
+
+
+def test_plain_training_shows_an_image_once(plotted: list[Figure]) -> None:
+    image = torch.rand(3, 4, 4)
+    pictures.plot_mixed(Path("mixed.png"), [a_pair(**{"image a": image, "mixed": image})], DATA, "Vanilla")
+    assert len(plotted[0].axes[0].images) == 1
+    assert plotted[0].axes[0].texts[0].get_text() == "image"
+
+
+def test_pairs_are_of_six_batches_of_the_first_and_the_last_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, list[float], str]] = []
+
+    def plot(path: Path, pairs: Any, data: Any, title: str) -> None:
+        path.touch()
+        drawn.append((path.name, [pair["lam"] for pair in pairs], title))
+
+    monkeypatch.setattr(pictures, "plot_mixed", plot)
+    collector = pictures.MixedImages(tmp_path, DATA, build_method("input", "cifar10", num_classes=2), 3)
+    images = torch.rand(4, 3, 4, 4)
+    mixed = Mixed(images, torch.full((4, 2), 0.5), torch.zeros(()), partner=images, loss_function=bce_loss)
+    for epoch, batches in enumerate((8, 8, 3)):
+        for batch in range(batches):
+            collector.collect(epoch, mixed, images, SimpleNamespace(lam=batch / 8))
+        collector.draw()
+    sixths = [batch / 8 for batch in range(6)]
+    assert drawn == [("mixed.png", sixths, "Mixup, epoch 0"), ("mixed_last.png", sixths[:3], "Mixup, epoch 2")]
 
 
 @pytest.mark.parametrize("losses", [(0.16, 1.3), (0.451, 0.453), (1e-4, 5.0), (0.5, 0.5)])
 def test_losses_have_plain_numbers_at_their_axis(plotted: list[Figure], losses: tuple[float, float]) -> None:
     rows = [
-        {**dict.fromkeys(records.COLUMNS, loss), "epoch": epoch, "valid_loss": None, "valid_top1": None}
+        {**dict.fromkeys(COLUMNS, loss), "epoch": epoch, "valid_loss": None, "valid_top1": None}
         for epoch, loss in enumerate(losses)
     ]
     pictures.plot_curves(Path("curves.png"), rows, "SAGE", [1])
@@ -90,13 +120,85 @@ def test_losses_have_plain_numbers_at_their_axis(plotted: list[Figure], losses: 
     assert [value for value in values if low <= value <= high]
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no LaTeX"), MemoryError(), KeyboardInterrupt()])
+def test_a_picture_that_fails_is_one_warning(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(pictures.log, "warning", warned.append)
+
+    def fail(path: Path) -> None:
+        raise error
+
+    if isinstance(error, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            pictures.attempt(fail, tmp_path / "a.png")
+    else:
+        pictures.attempt(fail, tmp_path / "a.png")
+        assert warned == [f"warning: {tmp_path / 'a.png'} is not drawn: {str(error) or type(error).__name__}"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_users_matplotlibrc_and_letters_without_glyphs_do_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(pictures.log, "warning", warned.append)
+    with matplotlib.rc_context({"text.usetex": True, "font.family": "no such font"}):
+        for kind in ("png", "pdf"):
+            confusion, classes = np.eye(2), ["\u4e00$", "$x^"]
+            pictures.attempt(pictures.plot_confusion, tmp_path / f"a.{kind}", confusion, classes, "$_", 50.0)
+        assert matplotlib.rcParams["text.usetex"]
+    assert warned == []
+    assert not caplog.records
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "a.pdf").read_bytes()[:4] == b"%PDF"
+
+
+def test_a_legend_lies_outside_the_bars_and_names_what_is_there(plotted: list[Figure]) -> None:
+    bins = [(0, np.nan, np.nan), (10, 0.5, 0.75)]
+    pictures.plot_reliability(Path("a.png"), bins, 25.0, 75.0, 50.0, "SAGE")
+    above = plotted[0].axes[0]
+    legend = above.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["calibrated", "accuracy", "overconfident by"]
+    FigureCanvasAgg(plotted[0]).draw()
+    assert legend.get_window_extent().x0 >= above.get_window_extent().x1
+
+
+def test_dots_explain_only_marks_that_are_there(plotted: list[Figure]) -> None:
+    frame = pd.DataFrame(
+        {"label": ["SAGE", "Vanilla"], "method": ["sage", "vanilla"], "seed": 1, "final": [76.0, 74.0]}
+    )
+    pictures.plot_dots(Path("a.png"), frame)
+    pictures.plot_dots(
+        Path("a.png"), pd.DataFrame({"label": "SAGE", "method": "sage", "seed": [1, 2], "final": [76.0, 77.0]})
+    )
+    one, sage = (figure.axes[0] for figure in plotted)
+    assert one.get_xlabel() == "test accuracy [%]: seeds (n = 1); dotted: plain training"
+    assert sage.get_xlabel() == "test accuracy [%]: seeds (n = 2), mean and 95% interval"
+    assert [label.get_text() for label in one.get_yticklabels()] == ["Vanilla", "SAGE"]
+    assert sorted(x for dots in sage.collections[:1] for x, _ in dots.get_offsets()) == [76.0, 77.0]
+
+
+def test_names_of_corruptions_are_not_cut_off(plotted: list[Figure]) -> None:
+    names = [f"elastic_transform_{number}" for number in range(19)]
+    pictures.plot_corrupted_images(
+        Path("a.png"), {name: [torch.zeros(3, 8, 8, dtype=torch.uint8)] * 5 for name in names}, "made here"
+    )
+    (figure,) = plotted
+    FigureCanvasAgg(figure).draw()
+    labels = figure.axes[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == [name.replace("_", " ") for name in names]
+    assert all(label.get_window_extent().y0 >= 0 and label.get_window_extent().x0 >= 0 for label in labels)
+    assert labels[0].get_fontsize() * figure.dpi / 72 * 900 / figure.bbox.width > 11
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("length", [3, 60])
 def test_long_names_of_classes_leave_mixed_images_their_size(plotted: list[Figure], length: int) -> None:
-    images = torch.rand(6, 3, 4, 4)
-    mixed = Mixed(images, torch.full((6, 2), 0.5), torch.zeros(()), partner=images, loss_function=bce_loss)
     data: Any = SimpleNamespace(mean=(0.5,) * 3, std=(0.25,) * 3, classes=["c" * length, "d" * length])
-    pictures.plot_mixed(Path("mixed.png"), mixed, images, data, "CutMix, epoch 0")
+    pairs = [a_pair(**{"image b": torch.rand(3, 4, 4)}) for _ in range(6)]
+    pictures.plot_mixed(Path("mixed.png"), pairs, data, "CutMix, epoch 0")
     (figure,) = plotted
     FigureCanvasAgg(figure).draw()
     (panel,) = figure.axes

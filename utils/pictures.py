@@ -351,19 +351,20 @@ def plot_corrupted_images(path: Path, shown: dict[str, list[torch.Tensor]], titl
     columns = [[F.pad(image, (gap,) * 4, value=255) for image in images] for images in shown.values()]
     mosaic = torch.cat([torch.cat(column, dim=1) for column in columns], dim=2).permute(1, 2, 0).numpy()
     rows, (height, width) = len(columns[0]), columns[0][0].shape[1:]
-    figure = Figure(figsize=(0.8 * len(shown) + 0.8, 0.8 * rows * height / width + 2), layout="constrained", dpi=120)
+    figure = Figure(figsize=(0.8 * len(shown) + 0.8, 0.8 * rows * height / width + 2.6), layout="constrained", dpi=120)
     panel = figure.subplots()
     panel.imshow(mosaic, interpolation="nearest")
     size = max(8.0, 0.8 * len(shown))  # can be read at the width of a page
     names = [name.replace("_", " ") for name in shown]
     places = width * (np.arange(len(shown)) + 0.5) - 0.5
-    panel.set_xticks(places, names, fontsize=size, rotation=40, ha="right", rotation_mode="anchor", parse_math=False)
+    panel.set_xticks(places, names, fontsize=size, rotation=90, parse_math=False)
     severities = ["clean", "1", "2", "3", "4", "5"][-rows:]
     panel.set_yticks(height * (np.arange(rows) + 0.5) - 0.5, severities, fontsize=size)
     panel.set_ylabel("severity", fontsize=size)
     panel.set_title(title, fontsize=size, parse_math=False)
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
+    figure.draw_without_rendering()  # the layout knows the room for the names only after they were laid out once
     _save(figure, path)
 
 
