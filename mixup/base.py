@@ -259,7 +259,8 @@ class Method:
             if saliency.device.type == "cpu" and (saliency < 0).any():
                 raise ValueError(f"saliency must not be negative: {float(saliency.min())}")
         if draws is None:
-            draws = self.draw(self.rng, len(images), *images.shape[2:], epoch=self.epoch)
+            height, width = images.shape[2:]
+            draws = self.draw(self.rng, len(images), height, width, self.epoch)
         return labels, draws
 
     def _checked_labels(self, labels: Tensor, batch: int) -> Tensor:

@@ -366,14 +366,14 @@ class PuzzleMix(MaskValues, PartialMixing):
             ValueError: mean and std are not known, or the blocks do not fit the image.
             NoSolver: no grid cut solver is installed.
         """
-        if self.adv_p > 0 and saliency is not None:
+        perturbed = getattr(draws, "perturbed", None)
+        if saliency is not None and (self.adv_p > 0 or perturbed is not None):
             raise ValueError(f"adv_p {self.adv_p} needs the gradient of the network: it does not go with saliency=")
         clean = len(images) - len(draws.permutation)
         if clean == len(images):
             return self.unmixed(images, labels)
         permutation = partner_index(draws.permutation, len(images), images.device)
         part, partner = images[clean:], permutation[clean:] - clean
-        perturbed = getattr(draws, "perturbed", None)
         attack = Attack(self, part, draws) if perturbed is not None and any(perturbed) else None
         maps, gradient, clean_pass = cross_entropy_maps(
             model,
@@ -386,7 +386,10 @@ class PuzzleMix(MaskValues, PartialMixing):
         with torch.no_grad():
             saliency = ones_where_zero(maps)
             mask = _mask(part, saliency, partner, float(draws.lam), int(draws.num_blocks), *self.colours(), self)
-            a, b = attack.images(gradient, partner, perturbed) if attack else (part, part[partner])
+            if attack is None or gradient is None:
+                a, b = part, part[partner]
+            else:
+                a, b = attack.images(gradient, partner, perturbed)
             mixed, ratio = _blend(a, b, saliency, partner, mask, self)
             targets = mixed_targets(labels, permutation, behind(clean, ratio, 1.0), self.num_classes)
             return self.mixed(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mixup import METHODS, build_method
+from tests.common import ROOT
 from tests.test_seam import CASES, batch, case, draws_of, gradients, network
 
 LOOKING = ["puzzle", "comix", "sage"]
@@ -219,3 +224,47 @@ def test_gradients_that_would_be_lost_are_refused() -> None:
     model.forward = copied.forward  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"under FSDP.*DistributedDataParallel"):
         case("sage").step(model, *batch())
+
+
+SHARDED = """
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from mixup import build_method
+from tests.test_seam import batch, network
+
+dist.init_process_group("gloo")
+mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
+for name, settings in (("sage", {"update_ratio": 0.5}), ("comix", {}), ("sage", {}), ("puzzle", {}), ("cutmix", {})):
+    model, alone = network(), network()
+    fully_shard(model[3], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    try:
+        for each in (model, alone):
+            build_method(name, "cifar10", 10, **settings).step(each, *batch(rank)).loss.backward()
+        for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+            dist.all_reduce(theirs.grad)
+            assert (ours.grad.full_tensor() - theirs.grad / 2).abs().max() < 1e-6
+        said = "right"
+    except ValueError as error:
+        said = "refused" if "FSDP" in str(error) else str(error)
+    if rank == 0:
+        print(name, said)
+dist.destroy_process_group()
+"""
+
+
+def test_under_fsdp_gradients_are_right_or_the_method_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        tmp_path / "sharded.py",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    expected = ["sage refused", "comix refused", "sage right", "puzzle right", "cutmix right"]
+    assert done.stdout.splitlines() == expected, done.stderr
