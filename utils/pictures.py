@@ -351,10 +351,10 @@ def plot_corrupted_images(path: Path, shown: dict[str, list[torch.Tensor]], titl
     columns = [[F.pad(image, (gap,) * 4, value=255) for image in images] for images in shown.values()]
     mosaic = torch.cat([torch.cat(column, dim=1) for column in columns], dim=2).permute(1, 2, 0).numpy()
     rows, (height, width) = len(columns[0]), columns[0][0].shape[1:]
-    figure = Figure(figsize=(0.8 * len(shown) + 0.8, 0.8 * rows * height / width + 2.6), layout="constrained", dpi=120)
-    panel = figure.subplots()
-    panel.imshow(mosaic, interpolation="nearest")
     size = max(8.0, 0.8 * len(shown))  # can be read at the width of a page
+    figure = Figure(figsize=(0.8 * len(shown), 0.8 * rows * height / width), dpi=120)
+    panel = figure.add_axes((0, 0, 1, 1))
+    panel.imshow(mosaic, interpolation="nearest", aspect="auto")
     names = [name.replace("_", " ") for name in shown]
     places = width * (np.arange(len(shown)) + 0.5) - 0.5
     panel.set_xticks(places, names, fontsize=size, rotation=90, parse_math=False)
@@ -364,8 +364,7 @@ def plot_corrupted_images(path: Path, shown: dict[str, list[torch.Tensor]], titl
     panel.set_title(title, fontsize=size, parse_math=False)
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
-    figure.draw_without_rendering()  # the layout knows the room for the names only after they were laid out once
-    _save(figure, path)
+    _save(figure, path, bbox_inches="tight")  # a layout engine would cut long names
 
 
 def plot_attacks(path: Path, clean: float, accuracies: dict[str, dict[float, float]], title: str) -> None:
@@ -451,8 +450,8 @@ def _trim(panel: Any, axis: Any) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path, **how: Any) -> None:
     """A PNG or PDF, by its name; without a date, so that it is the same each time."""
     kind = path.suffix.removeprefix(".")
     with atomic_write(path) as file:
-        figure.savefig(file, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
+        figure.savefig(file, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None, **how)
