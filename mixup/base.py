@@ -261,7 +261,14 @@ class Method:
         if draws is None:
             height, width = images.shape[2:]
             draws = self.draw(self.rng, len(images), height, width, self.epoch)
+        drawn = getattr(draws, "permutation", getattr(draws, "prior", None))
+        if drawn is not None and not self._suits(len(drawn), len(images)):
+            raise ValueError(f"draws for {len(drawn)} images do not fit a batch of {len(images)}: draw for each batch")
         return labels, draws
+
+    def _suits(self, drawn: int, batch: int) -> bool:
+        """Whether draws for so many images may be of a batch."""
+        return drawn == batch
 
     def _checked_labels(self, labels: Tensor, batch: int) -> Tensor:
         """[B] int64 or [B, K] float32; the range is looked at on the CPU alone, because a GPU would be waited for."""
@@ -392,6 +399,10 @@ class PartialMixing(Method):
         elif self.mix_schedule == "delayed" and epoch < self.mix_scheduled_epoch:
             share = 0.0
         return int(batch * share)
+
+    def _suits(self, drawn: int, batch: int) -> bool:
+        """Whether so many images of a batch may be mixed; with a schedule, in any epoch."""
+        return drawn == self.mixed_count(batch, 0) if self.mix_schedule == "fixed" else drawn <= batch
 
     def draw_lam(self, rng: np.random.Generator) -> float:
         """λ, the share of image a."""

@@ -194,8 +194,6 @@ class CoMixup(PartialMixing):
         """
         count = len(draws.prior)
         clean = len(images) - count
-        if clean < 0:
-            raise ValueError(f"draws for {count} images do not fit a batch of {len(images)}")
         if count == 0:
             return self.unmixed(images, labels)
         weight = 2 * self.clean_lam / self.num_classes

@@ -145,8 +145,6 @@ class Sage(Method):
         """
         self._check_size(*images.shape[2:])
         permutation = as_index(draws.permutation, images.device)
-        if len(permutation) != len(images):
-            raise ValueError(f"draws for {len(permutation)} images do not fit a batch of {len(images)}")
         clean = one_hot(labels, self.num_classes)
         share, clean_pass = self.update_ratio, None
         if saliency is None:

@@ -36,8 +36,8 @@ def saliency_pass(
     Raises:
         ValueError: a network whose parameters' gradients would be lost (FSDP), or that allows no second pass.
     """
-    if (share or eval_mode) and not isinstance(model, nn.Module):
-        raise ValueError(f"the saliency pass needs the network's parameters or its mode: a module, not {model!r}")
+    if share and not isinstance(model, nn.Module):
+        raise ValueError(f"the clean loss trains the network's parameters: it needs a module, not {model!r}")
     if getattr(model, "static_graph", False):
         raise ValueError("DistributedDataParallel(static_graph=True) allows no saliency pass: leave static_graph out")
     pixels = images.detach().requires_grad_(True)
@@ -95,9 +95,10 @@ def cross_entropy_maps(
 
 @contextmanager
 def modes_kept(model: Any, eval_mode: bool) -> Iterator[None]:
-    """The block runs in eval mode, if so asked; then every module's own mode is put back."""
-    modes = [(module, module.training) for module in model.modules()] if eval_mode else []
-    if eval_mode:
+    """The block runs in eval mode, if so asked; then every module's mode is put back. A function runs as it is."""
+    modes = []
+    if eval_mode and isinstance(model, nn.Module):
+        modes = [(module, module.training) for module in model.modules()]
         model.eval()
     try:
         yield

@@ -83,8 +83,6 @@ class SaliencyMix(Method):
         if not draws.mix:
             return self.unmixed(images, labels)
         permutation = as_index(draws.permutation, images.device)
-        if len(permutation) != len(images):
-            raise ValueError(f"draws for {len(permutation)} images do not fit a batch of {len(images)}")
         height, width = images.shape[2:]
         leader = self._bytes(images[permutation[:1]])
         row, col = saliency_peak(fine_grained_saliency(leader)[0])

@@ -437,14 +437,14 @@ def test_part_of_a_batch(batch, clean):
     model, images, labels = batch
     size = 6 - clean
     draws = SimpleNamespace(lam=0.4, permutation=np.arange(size)[::-1].copy(), num_blocks=2)
-    method = puzzle(t_size=4)
+    method = puzzle(t_size=4, prob_mix=size / 6)
     step = method.step(model, images, labels, draws)
     assert step.loss.isfinite()
     torch.testing.assert_close(step.mixed.targets.sum(dim=1), torch.ones(6))
     assert torch.equal(step.mixed.images[:clean], images[:clean])
     assert torch.equal(step.mixed.targets[:clean], one_hot(labels[:clean], 10))
     if size:
-        alone = method.step(model, images[clean:], labels[clean:], draws)
+        alone = puzzle(t_size=4).step(model, images[clean:], labels[clean:], draws)
         torch.testing.assert_close(step.mixed.images[clean:], alone.mixed.images)
         torch.testing.assert_close(step.mixed.targets[clean:], alone.mixed.targets)
         assert torch.equal(step.mixed.partner[:clean], images[:clean])
