@@ -40,9 +40,9 @@ NAMED = ("dataset", "arch", *METHOD, "table", "label")  # settings that the name
 COSTS = {"seconds_per_epoch": "s/epoch", "peak_memory_gb": "GB"}
 HEADS = {"top1": "top-1", "drop": "against test", "ece": "ECE", "error": "corr. error"}
 FOOTNOTE = (
-    "Mean ± standard deviation over n seeds, in %; accuracy: median of the last ten epochs. Δ: points above plain "
-    f"training [95% interval, not adjusted]. * p < {LEVEL:g} against plain training after Holm over the methods of a "
-    "table and measure (two-sided t-test, paired over common seeds where there are at least 3, else Welch's)."
+    "Mean ± standard deviation of n seeds, in %; accuracy: median of the last ten epochs. Δ: points above plain "
+    f"training [95% interval]. * p < {LEVEL:g} against plain training (t-test, paired over common seeds if at least 3, "
+    "else Welch's; Holm over methods)."
 )
 MARKED = re.compile(r"^(<!-- summarize ([^\n]+) -->\n)(.*?)^(<!-- /summarize -->)$", re.DOTALL | re.MULTILINE)
 LATEX = str.maketrans(
