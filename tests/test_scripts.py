@@ -184,7 +184,8 @@ def test_more_offsets_keep_more_of_the_score(tmp_path: Path, monkeypatch: pytest
     torch.manual_seed(0)
     settings = {"dataset": "digits", "arch": "preactresnet18", "initial_channels": 2, "method": method}
     weights = build_model("preactresnet18", 10, initial_channels=2).state_dict()
-    torch.save({"settings": settings, "state_dict": weights}, tmp_path / "c.pth.tar")
+    state = {"settings": settings, "state_dict": weights, "progress": {"rows": []}}
+    torch.save(state, tmp_path / "c.pth.tar")
     words = ["--checkpoint", tmp_path / "c.pth.tar", "--data_dir", tmp_path, "--ngpu", 0, "--plot", tmp_path / "p.png"]
     said = run("study_offsets.py", *words).stdout
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("| 1")]
@@ -207,7 +208,7 @@ def test_compare_takes_labels_of_the_classes_that_were_learnt(
     weights = build_model("preactresnet18", 2, initial_channels=2).state_dict()
     settings = {"dataset": "folder", "arch": "preactresnet18", "initial_channels": 2, "image_size": 32}
     good = {"settings": settings, "state_dict": weights, "classes": ["dark", "light"]}
-    good |= {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "image_size": (32, 32)}
+    good |= {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2), "image_size": (32, 32), "progress": {"rows": []}}
     words = ["--dataset", "folder", "--data_dir", tmp_path, "--image_size", 32, "--out", tmp_path / "p.png"]
     for content in (good, {**good, "state_dict": []}, {**good, "settings": 1}, {**good, "settings": {"arch": "vgg"}}):
         torch.save(content, tmp_path / "c.pth")
