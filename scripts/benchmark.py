@@ -6,7 +6,7 @@
 
 mixing: a method's mix without the network's passes, from known saliency to the mixed batch with its targets; Manifold
 Mixup, which mixes inside the network, is left out. steps: draw, saliency pass, mixing, forward, backward, optimiser.
-search: SAGE's search of one pair against the pixels, for all offsets and 1 %.
+search: SAGE's search of one pair against the pixels, for all offsets and 1%.
 
 Repetitions are interleaved (A B C A B C …), so that a machine that slows down slows all. Times are the median over
 repetitions, in milliseconds; the ratio to vanilla is the median of the ratios within each repetition. Peak memory is

@@ -104,7 +104,7 @@ def compiled(forward: Callable[..., Tensor], batch: int | None = None, **how: An
 
 def keep_freed_memory() -> None:
     """Have glibc reuse the memory of activations from step to step. It gives it back to the system otherwise, which
-    then clears every page anew: 5 to 10 % of a float32 step."""
+    then clears every page anew: 5 to 10% of a float32 step."""
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
