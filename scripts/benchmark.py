@@ -10,8 +10,8 @@ search: SAGE's search of one pair against the pixels, for all offsets and 1%.
 
 Repetitions are interleaved (A B C A B C …), so that a machine that slows down slows all. Times are the median over
 repetitions, in milliseconds; the ratio to vanilla is the median of the ratios within each repetition. Peak memory is
-that of one step: allocated on CUDA. Images are random crops of scikit-learn's
-two photographs, weights are random, and saliency is the gradient of that network.
+what one step allocates on CUDA. Images are random crops of scikit-learn's two photographs, weights are random, and
+saliency is the gradient of that network.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
@@ -48,7 +47,7 @@ from models import ARCHITECTURES, build_model
 from utils import pictures
 from utils.device import Captured, prepare, set_precision
 from utils.errors import exit_code
-from utils.files import atomic_write, write_json
+from utils.files import write_json
 from utils.options import Parser, number, one_of
 from utils.run import git_commit
 
@@ -63,7 +62,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {  # labels and settings of met
 }
 MEAN, STD = NORMALISATION["cifar10"]
 USED_IN = {"fast": {"steps"}, "methods": {"mixing", "steps"}, "search_sizes": {"search"}, "plot": {"search"}}
-COLOURS = ("#0072B2", "#E69F00", "#009E73")  # Okabe–Ito
 BRUTE_FORCE_PIXELS = 64 * 64  # beyond, trying every offset takes longer than all the rest
 Work = Callable[[int], object]  # takes the number of the repetition
 Name = TypeVar("Name", bound=Hashable)
@@ -307,16 +305,10 @@ def steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             "images_per_second": 1000 * args.batch_size / median,
             "peak_memory_mb": peak_memory(step_of(method, record=False), device),  # a replayed step allocates nothing
         }
-    cells = [
-        (
-            label,
-            f"{row['median_ms']:.2f}",
-            f"{row['ratio']:.2f}",
-            f"{row['images_per_second']:.0f}",
-            f"{row['peak_memory_mb'] or '–'}",
-        )
-        for label, row in rows.items()
-    ]
+    cells = []
+    for label, row in rows.items():
+        speed, memory = row["images_per_second"], row["peak_memory_mb"]
+        cells.append((label, f"{row['median_ms']:.2f}", f"{row['ratio']:.2f}", f"{speed:.0f}", memory or "–"))
     table(("step", "ms", "× vanilla", "images/s", "peak MB"), cells)
     return rows
 
@@ -350,7 +342,6 @@ def search(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         rows.append((label, *cells, "–" if power is None else f"n^{power:.2f}"))
     print(f"\nsearch of one pair, {count} interleaved repetitions (3 of one by one); n: pixels")
     table(("ms a pair", *(f"{side}×{side}" for side in args.search_sizes), "growth from 32²"), rows)
-
     return result
 
 
@@ -372,9 +363,9 @@ def maps_of(count: int, side: int, device: torch.device) -> tuple[Tensor, Tensor
 
 def plot_search(path: Path, result: dict[str, Any], about: dict[str, Any]) -> None:
     """Cost of one pair's search against its pixels, both axes logarithmic."""
-    figure = Figure(figsize=(6, 4), layout="constrained", dpi=120)
-    axes = figure.subplots()
-    for (label, line), marker, colour in zip(result["pixels"].items(), "os^", COLOURS, strict=False):
+    machine = f"{about.get('gpu') or about['cpu']}, {about['threads']} threads"
+    figure, axes = pictures.one_panel(6, 4, machine)
+    for (label, line), marker, colour in zip(result["pixels"].items(), "os^", pictures.THREE, strict=False):
         points = line["ms_per_pair"]
         grows = f": n^{line['exponent']:.2f}" if line["exponent"] else ""
         axes.loglog(list(points), list(points.values()), marker=marker, color=colour, label=label + grows)
@@ -383,12 +374,9 @@ def plot_search(path: Path, result: dict[str, Any], about: dict[str, Any]) -> No
     axes.set_xticks([], minor=True)
     axes.set_xlabel("image [pixels]")
     axes.set_ylabel("search of one pair [ms]")
-    axes.set_title(f"{about.get('gpu') or about['cpu']}, {about['threads']} threads", fontsize=9)
     axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png")
+    pictures.save(figure, path)
 
 
 if __name__ == "__main__":

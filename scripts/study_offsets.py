@@ -27,9 +27,8 @@ from mixup.search import best_offsets, every_offset, exact_scores
 from utils import checkpoint, options, pictures
 from utils.device import pick_device, prepare
 from utils.errors import UserError, exit_code
-from utils.files import atomic_write
 
-SHARES = {0.01: "#0072B2", 0.1: "#E69F00", 1.0: "#009E73"}  # of the offsets, with their colours (Okabe–Ito)
+SHARES = dict(zip((0.01, 0.1, 1.0), pictures.THREE, strict=True))  # of the offsets, with their colours
 BATCH, BATCHES = 100, 10
 
 
@@ -103,8 +102,7 @@ def plot(path: Path, pairs: pd.DataFrame) -> None:
     score.set(xlabel="score kept, as a share of the best", ylabel="share of the pairs")
     label.set(xlabel="share of the label that is image a's", ylabel="density", xlim=(0, 1))
     score.legend(frameon=False, loc="upper left")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png")
+    pictures.save(figure, path)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from utils.run import COLUMNS
 def plotted(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are not saved but kept."""
     figures: list[Figure] = []
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(pictures, "save", lambda figure, path: figures.append(figure))
     return figures
 
 

@@ -178,7 +178,7 @@ def test_latex_and_markdown_are_escaped_and_wide_tables_split(tmp_path: Path) ->
 
 def test_dots_stand_in_the_order_of_the_means(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: dict[str, Any] = {}
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.update({path.name: figure}))
+    monkeypatch.setattr(pictures, "save", lambda figure, path: figures.update({path.name: figure}))
     write(runs, tmp_path / "out")
     names = [tick.get_text() for tick in figures["dots.png"].axes[0].get_yticklabels()]
     assert names == ["Vanilla, n = 3", "SAGE (rand_pos 0.01), n = 1", "SAGE (rand_pos 1), n = 1"]

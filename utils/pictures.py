@@ -29,6 +29,7 @@ MIXED, MIXED_LAST = "mixed.png", "mixed_last.png"
 PAIRS = 6  # shown in them
 # After Okabe and Ito, distinct to colour-blind readers too, in the order of the registry; yellow is darkened.
 PALETTE = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#8C6D1F", "#0072B2", "#CC79A7", "#D55E00")
+THREE = ("#0072B2", "#E69F00", "#009E73")  # of them, for pictures that do not show methods
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 
 
@@ -50,7 +51,7 @@ def plot_curves(
 ) -> None:
     """Loss and accuracy against the epoch, with the epochs at which the learning rate changes. ``mixes``: whether the
     method mixes the training images."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained", dpi=120)
     epochs = [row["epoch"] for row in rows]
     marker = "o" if len(rows) < 3 else None
     panels = figure.subplots(1, 2)
@@ -85,7 +86,7 @@ def plot_curves(
     )
     figure.suptitle(title, parse_math=False)
     panels[1].legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def whole_numbers() -> MaxNLocator:
@@ -163,7 +164,7 @@ def plot_mixed(path: Path, pairs: Sequence[dict[str, Any]], data: Any, title: st
         texts.append(f"λ = {float(pair['lam']):.2f}: {text}" if pair["lam"] is not None else text)
     figure = _mosaic(columns, texts)
     figure.suptitle(title, parse_math=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _mosaic(columns: Sequence[tuple[str, list[np.ndarray], dict[str, Any]]], texts: Sequence[str]) -> Figure:
@@ -201,8 +202,7 @@ def plot_dots(path: Path, frame: pd.DataFrame) -> None:
     """
     styles = _styles(frame)
     means = frame.groupby("label")["final"].mean().sort_values(kind="stable")
-    figure = Figure(figsize=(7.2, 0.9 + 0.36 * len(means)), layout="constrained", dpi=150)
-    panel = figure.subplots()
+    figure, panel = one_panel(7.2, 0.9 + 0.36 * len(means), dpi=150)
     for row, (label, mean) in enumerate(means.items()):
         finals = frame["final"][frame["label"] == label]
         colour = styles[label]["color"]
@@ -217,8 +217,8 @@ def plot_dots(path: Path, frame: pd.DataFrame) -> None:
     panel.set_yticks(range(len(means)), _counted(frame, means.index), parse_math=False)
     marks = f"seeds{_same_count(frame)}" + (", mean and 95% interval" if len(frame) > len(means) else "")
     panel.set_xlabel(f"test accuracy [%]: {marks}" + ("; dotted: plain training" if len(plain) else ""))
-    _trim(panel, "x")
-    _save(figure, path)
+    panel.grid(axis="x", alpha=0.25)
+    save(figure, path)
 
 
 def plot_learning_curves(path: Path, frame: pd.DataFrame) -> None:
@@ -249,8 +249,9 @@ def plot_learning_curves(path: Path, frame: pd.DataFrame) -> None:
     for panel in (whole, end):
         panel.set_xlabel("epoch")
         panel.xaxis.set_major_locator(whole_numbers())
-        _trim(panel, "both")
-    _save(figure, path)
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
 
 
 def plot_cost(path: Path, frame: pd.DataFrame) -> None:
@@ -259,8 +260,7 @@ def plot_cost(path: Path, frame: pd.DataFrame) -> None:
     times = frame.groupby("label", sort=False)["seconds_per_epoch"].mean().dropna()
     plain = times[times.index.isin(frame["label"][frame["method"] == "vanilla"])]
     times = times / plain.iloc[0] if len(plain) else times
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=150)
-    panel = figure.subplots()
+    figure, panel = one_panel(6.4, 4.2, dpi=150)
     for label, time in times.items():
         finals = frame["final"][frame["label"] == label]
         spread = finals.std() if len(finals) > 1 else 0
@@ -271,8 +271,8 @@ def plot_cost(path: Path, frame: pd.DataFrame) -> None:
     several = len(frame) > frame["label"].nunique()
     panel.set_ylabel("test accuracy [%]" + (", mean ± standard deviation" if several else ""))
     _legend(panel, fontsize=9)
-    _trim(panel, "both")
-    _save(figure, path)
+    panel.grid(alpha=0.25)
+    save(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------- of an evaluation
@@ -283,8 +283,8 @@ def plot_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], ti
     a true class."""
     shares = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     few = len(classes) <= 20
-    figure = Figure(figsize=(7, 6.2), layout="constrained", dpi=120)
-    panel = figure.subplots()
+    figure, panel = one_panel(7, 6.2, f"{title}\ntop-1 {top1:.2f}%")
+    panel.spines[["top", "right"]].set_visible(True)
     scale = PowerNorm(1 if few else 0.4, 0, 100)  # of many classes, confusions would not be seen
     image = panel.imshow(shares, cmap="Blues", norm=scale)
     if few:
@@ -292,9 +292,8 @@ def plot_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], ti
         panel.set_yticks(range(len(classes)), classes, parse_math=False)
         _write_numbers(panel, shares, 50, 9 if len(classes) <= 12 else 6)
     panel.set(xlabel="predicted class", ylabel="true class")
-    panel.set_title(f"{title}\ntop-1 {top1:.2f}%", fontsize=9, parse_math=False)
     figure.colorbar(image, label="share of the true class [%]", shrink=0.8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_reliability(
@@ -309,11 +308,11 @@ def plot_reliability(
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.bar(lefts, accuracy, color=PALETTE[5], label="accuracy", **style)
     for part, bottom, colour, label in (
-        (gap, accuracy, PALETTE[7], "overconfident by"),
+        (gap, accuracy, PALETTE[1], "overconfident by"),
         (-gap, sure, PALETTE[2], "underconfident by"),
     ):
         if (part > 0).any():
-            above.bar(lefts, part.clip(0), bottom=bottom, color=colour, alpha=0.5, label=label, **style)
+            above.bar(lefts, part.clip(0), bottom=bottom, color=colour, label=label, **style)
     above.plot([0, 1], [0, 1], "--", color="0.4", linewidth=1, label="calibrated")
     above.set_ylabel("accuracy")
     above.set_title(f"{title}\nexpected calibration error {ece:.2f}%", fontsize=9, parse_math=False)
@@ -325,23 +324,21 @@ def plot_reliability(
     _legend(below, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
     for panel in (above, below):
         panel.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_corruptions(path: Path, errors: dict[str, list[float]], title: str) -> None:
     """Errors in % as a table in colours: a row a corruption, a column a severity, and their mean."""
     values = np.array([[*row, np.mean(row)] for row in errors.values()])
     severities = values.shape[1] - 1
-    figure = Figure(figsize=(5.6, 1.4 + 0.32 * len(values)), layout="constrained", dpi=120)
-    panel = figure.subplots()
+    figure, panel = one_panel(5.6, 1.4 + 0.32 * len(values), title)
     panel.imshow(values, cmap="Reds", vmin=0, vmax=100, aspect="auto")
     _write_numbers(panel, values, 60, 9)
     panel.axvline(severities - 0.5, color="white", linewidth=4)
     panel.set_xticks(range(severities + 1), [*map(str, range(1, severities + 1)), "mean"])
     panel.set_yticks(range(len(values)), [name.replace("_", " ") for name in errors], parse_math=False)
     panel.set_xlabel("severity")
-    panel.set_title(title, fontsize=8, parse_math=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_corrupted_images(path: Path, shown: dict[str, list[torch.Tensor]], title: str) -> None:
@@ -364,14 +361,13 @@ def plot_corrupted_images(path: Path, shown: dict[str, list[torch.Tensor]], titl
     panel.set_title(title, fontsize=size, parse_math=False)
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
-    _save(figure, path, bbox_inches="tight")  # a layout engine would cut long names
+    save(figure, path, bbox_inches="tight")  # a layout engine would cut long names
 
 
 def plot_attacks(path: Path, clean: float, accuracies: dict[str, dict[float, float]], title: str) -> None:
     """Top-1 accuracy in % under attacks of each size (of 255), next to that of the same images without attack."""
     sizes = sorted({size for found in accuracies.values() for size in found})
-    figure = Figure(figsize=(2.2 + 1.1 * len(sizes), 3.6), layout="constrained", dpi=120)
-    panel = figure.subplots()
+    figure, panel = one_panel(2.2 + 1.1 * len(sizes), 3.6, title)
     width = 0.8 / len(accuracies)
     bars = [panel.bar(0, clean, 0.4, color="0.6")]
     for i, (label, found) in enumerate(accuracies.items()):
@@ -382,17 +378,14 @@ def plot_attacks(path: Path, clean: float, accuracies: dict[str, dict[float, flo
         panel.bar_label(group, fmt="%.1f", fontsize=8, padding=2)
     panel.set_xticks(range(len(sizes) + 1), ["clean", *(f"{size:g}/255" for size in sizes)])
     panel.set(ylim=(0, 108), xlabel="largest change of a pixel", ylabel="top-1 accuracy [%]")
-    panel.set_title(title, fontsize=8, parse_math=False)
-    panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=len(accuracies), frameon=False, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_shifts(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     """Top-1 accuracy in % on other test sets (``name``, ``images``, ``top1``, ``own_top1``, ``ece`` or None), each next
     to that on the same classes of the in-distribution test set."""
-    figure = Figure(figsize=(2.4 + 1.3 * len(rows), 3.8), layout="constrained", dpi=120)
-    panel = figure.subplots()
+    figure, panel = one_panel(2.4 + 1.3 * len(rows), 3.8, title)
     for offset, key, colour, label in (
         (-0.2, "own_top1", "0.6", "in-distribution test set"),
         (0.2, "top1", PALETTE[5], "this test set"),
@@ -403,10 +396,17 @@ def plot_shifts(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     names = [n if row["ece"] is None else f"{n}\nECE {row['ece']:.1f}%" for n, row in zip(names, rows, strict=True)]
     panel.set_xticks(range(len(rows)), names, fontsize=8, parse_math=False)
     panel.set(ylim=(0, 108), ylabel="top-1 accuracy [%]")
-    panel.set_title(title, fontsize=8, parse_math=False)
-    panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
+
+
+def one_panel(width: float, height: float, title: str = "", dpi: int = 120) -> tuple[Figure, Any]:
+    """A figure of one panel, without a frame at the top and right."""
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=dpi)
+    panel = figure.subplots()
+    panel.set_title(title, fontsize=9, parse_math=False)
+    panel.spines[["top", "right"]].set_visible(False)
+    return figure, panel
 
 
 def _write_numbers(panel: Any, values: np.ndarray, dark: float, size: float) -> None:
@@ -445,12 +445,7 @@ def _legend(panel: Any, **how: Any) -> None:
         text.set_parse_math(False)
 
 
-def _trim(panel: Any, axis: Any) -> None:
-    panel.grid(axis=axis, alpha=0.25)
-    panel.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure: Figure, path: Path, **how: Any) -> None:
+def save(figure: Figure, path: Path, **how: Any) -> None:
     """A PNG or PDF, by its name; without a date, so that it is the same each time."""
     kind = path.suffix.removeprefix(".")
     with atomic_write(path) as file:
