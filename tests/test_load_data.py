@@ -191,18 +191,6 @@ def test_splits_with_the_same_images_are_a_warning(tmp_path: Path, splits: tuple
     assert f"'{splits[0]}' and '{splits[1]}' hold the same images" in line
 
 
-@pytest.mark.parametrize("layout", ["flat", "one folder"])
-def test_a_test_folder_without_labels_leaves_val_to_test(tmp_path: Path, layout: str) -> None:
-    make_tree(tmp_path)
-    (tmp_path / "test").rename(tmp_path / "val")
-    folder = tmp_path / "test" / ("images" if layout == "one folder" else "")
-    folder.mkdir(parents=True)
-    Image.fromarray(pixels()).save(folder / "1.png")
-    (line,) = warnings_of("folder", tmp_path)
-    assert "no labels" in line
-    assert quiet("folder", tmp_path, warn=lambda _: None).folders == {"train": "train", "test": "val"}
-
-
 @pytest.mark.parametrize("name", ["test", "val"])
 def test_a_tree_without_training_images_can_be_tested(tmp_path: Path, name: str) -> None:
     digest = quiet("cifar10", make_tree(tmp_path)).digests["test"]

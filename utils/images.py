@@ -145,7 +145,7 @@ def _list_tree(root: str, reading: Reading) -> tuple[dict[str, str], dict[str, d
         raise UserError(f"{root!r} has a folder train but neither test nor val; add test/<class>/ with images")
     val = os.path.join(root, folders.get("valid", ""))
     tiny = os.path.exists(os.path.join(val, "val_annotations.txt"))
-    if tiny or "test" not in folders or _lacks_labels(root, folders, found, reading.warn):
+    if tiny or "test" not in folders:
         folders["test"] = folders.pop("valid")
     found["test"] = (_tiny_files if tiny else class_files)(os.path.join(root, folders["test"]), ignored)
     if {"train", "valid"} <= folders.keys():
@@ -157,19 +157,6 @@ def _list_tree(root: str, reading: Reading) -> tuple[dict[str, str], dict[str, d
     if ignored := [path for path in ignored if not (tiny and path.endswith(TINY_EXTRAS))]:
         reading.warn(what_is_left_out(ignored))
     return folders, found
-
-
-def _lacks_labels(root: str, folders: dict[str, str], found: dict, warn: Callable[[str], None]) -> bool:
-    """Whether the images in ``test`` are in no class folder, and ``val`` can stand in for it."""
-    test = os.path.join(root, folders["test"])
-    if (
-        found.keys() != {"train"}
-        or "valid" not in folders
-        or any(entry.name in found["train"] for entry in visible(test))
-    ):
-        return False
-    warn(f"{test!r} has no class of {folders['train']!r}, so no labels; {folders['valid']!r} is the test set")
-    return True
 
 
 def _compare_classes(root: str, folders: dict[str, str], found: dict, split: str) -> None:
@@ -283,7 +270,7 @@ def decode(
     total = sum(len(part) for part in files)
     with (
         warnings.catch_warnings(),
-        ThreadPoolExecutor(_cores()) as pool,
+        ThreadPoolExecutor() as pool,
         tqdm(total=total, desc="decoding images", unit=" images", disable=None if progress else True) as bar,
     ):
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata, without a path
@@ -379,13 +366,9 @@ def pixel_digest(images: np.ndarray) -> str:
     """32 hexadecimal digits that stand for the pixels of uint8 images [N, 3, H, W], their order and their shape."""
     content = np.ascontiguousarray(images).reshape(-1).data
     pieces = [content[first : first + 2**22] for first in range(0, len(content), 2**22)]
-    with ThreadPoolExecutor(_cores()) as pool:  # SHA-256 of pieces, which the cores share
+    with ThreadPoolExecutor() as pool:  # SHA-256 of pieces, which the cores share
         digests = b"".join(pool.map(lambda piece: hashlib.sha256(piece).digest(), pieces))
     return hashlib.sha256(repr(images.shape).encode() + digests).hexdigest()[:32]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- cache
