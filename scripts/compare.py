@@ -5,20 +5,17 @@
     python3 scripts/compare.py --dataset cifar10 --data_dir DATA --seed 7 --checkpoint RUNS/…/model_best.pth.tar
     python3 scripts/compare.py --image_size 224 --seed 1 --strips figures/methods     # each method and its mask
 
-The first image is mixed with the second; Co-Mixup mixes all three, and of its three outputs the one that is shared most
-evenly is shown. λ is --lam, SAGE searches all offsets, and Puzzle Mix moves whole mask blocks. Images keep their
-resolution, but for a central crop: all get the smallest height and width among them, rounded down to a multiple of 32,
-which all block counts divide.
+The first image is mixed with the second; Co-Mixup mixes all three, and its most evenly shared output is shown. λ is
+--lam, SAGE searches all offsets, and Puzzle Mix moves whole mask blocks. Images are cropped to the smallest height and
+width among them, rounded down to a multiple of 32.
 
-Saliency (Puzzle Mix, Co-Mixup, SAGE) is the gradient of the checkpoint's network, in eval mode, for the true label of
-a data set's image and for the network's own guess elsewhere; images are brought to the resolution the network was
-trained at. Without a checkpoint it is SaliencyMix's fine-grained map, which needs no network: the gradient of an
-untrained network would be noise. SAGE blurs it by a pixel of that resolution, or by 1/32 of the shorter side. The
-picture names which of the two it was.
+Saliency (Puzzle Mix, Co-Mixup, SAGE) is the gradient of the checkpoint's network, at the resolution it was trained at,
+for the true label of a data set's image and for the network's guess elsewhere. Without a checkpoint it is SaliencyMix's
+fine-grained map. SAGE blurs it by a pixel of that resolution, or by 1/32 of the shorter side.
 
-The photographs that are shown when no image is named come with packages this project needs anyway: flower.jpg (by
-vultilion) and china.jpg (by danielbuechele) of scikit-learn, both from flickr.com under CC BY 2.0, and
-grace_hopper.jpg of Matplotlib, a portrait by the US Navy in the public domain. All are cropped and mixed here.
+The photographs shown when no image is named: flower.jpg (by vultilion) and china.jpg (by danielbuechele) of
+scikit-learn, both from flickr.com under CC BY 2.0, and grace_hopper.jpg of Matplotlib, a portrait by the US Navy in the
+public domain. All are cropped and mixed here.
 """
 
 from __future__ import annotations
@@ -34,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import colormaps, rcdefaults
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -46,10 +44,9 @@ from mixup.saliency import fine_grained_saliency
 from mixup.settings import NORMALISATION
 from models import ARCHITECTURES, build_model
 from models.mixing import MIXING_POINTS
-from utils import images
+from utils import images, pictures
 from utils.checkpoint import PixelNetwork, load_network
 from utils.errors import BadArguments, UserError, exit_code
-from utils.files import atomic_write
 from utils.options import Parser, number, one_of
 
 SIDE = 32  # images are cropped to multiples of it; without a network, SAGE's blur is a pixel of images of this side
@@ -102,11 +99,12 @@ def compare(args: argparse.Namespace) -> int:
         args.strips.mkdir(parents=True, exist_ok=True)
         for name, result in shown.items():
             if result is not None:
-                save(strip(sources, result), args.strips / f"{name}.png")
-                print(args.strips / f"{name}.png")
+                path = args.strips / f"{name}.png"
+                pictures.save(strip(sources, result), path)
+                print(path)
     else:
         shown = {n: r if r and r.image.ndim == 3 and r.shares.max() < 1 else None for n, r in shown.items()}
-        save(rows(sources, origin, {n: r for n, r in shown.items() if r}), args.out)
+        pictures.save(rows(sources, origin, {n: r for n, r in shown.items() if r}), args.out)
         print(args.out)
     if left_out := [METHODS[name].title for name, result in shown.items() if result is None]:
         print(f"left out, having no mixed images: {', '.join(left_out)}", file=sys.stderr)
@@ -121,11 +119,7 @@ def make_parser() -> Parser:
     add("images", nargs="*", type=Path, help="three PNG, JPEG or WebP files")
     add("--dataset", type=one_of(load_data.DATASETS), help="instead: three random test images of different classes")
     add("--data_dir", help="where that data set is (default: .)")
-    add(
-        "--image_size",
-        type=number(int, low=SIDE),
-        help="side to bring images to (default: their own)",
-    )
+    add("--image_size", type=number(int, low=SIDE), help="side to bring images to (default: their own)")
     add("--checkpoint", type=Path, help="of this project or published; its network gives the saliency")
     add("--arch", type=one_of(ARCHITECTURES), help="network of a --checkpoint that does not name it")
     add("--trained_on", type=one_of(tuple(NORMALISATION)), help="data set of a checkpoint that does not name it")
@@ -168,9 +162,7 @@ def read_sources(args: argparse.Namespace) -> Sources:
         of_class = [torch.nonzero(data.test.labels == k)[:, 0] for k in rng.permutation(len(data.classes))]
         chosen = torch.stack([members[rng.integers(len(members))] for members in of_class if len(members)][:3])
         labels = data.test.labels[chosen]
-        height, width = (side - side % SIDE for side in data.image_size)
-        if not height or not width:
-            raise UserError(f"images of {data.image_size} are smaller than {SIDE}×{SIDE}")
+        height, width = cropped(data.image_size)
         pixels = data.test.images[chosen, :, :height, :width].float() / 255
         return Sources(pixels, [data.classes[label].capitalize() for label in labels], labels, data.classes)
     paths = args.images or [
@@ -178,15 +170,20 @@ def read_sources(args: argparse.Namespace) -> Sources:
         Path(str(resources.files("sklearn.datasets.images") / "flower.jpg")),
         Path(str(resources.files("matplotlib") / "mpl-data" / "sample_data" / "grace_hopper.jpg")),
     ]
-    height, width = (
-        args.image_size or min(sides) for sides in zip(*(images.image_shape(str(path)) for path in paths), strict=True)
-    )
-    height, width = height - height % SIDE, width - width % SIDE
-    if not height or not width:
-        raise UserError(f"the smallest height and width of these images are below {SIDE} pixels")
+    shapes = [images.image_shape(str(path)) for path in paths]
+    height, width = cropped([args.image_size or min(sides) for sides in zip(*shapes, strict=True)])
     files = np.stack([images.read_image(str(path), height, width) for path in paths])
     names = [path.stem.replace("_", " ").title() for path in paths]
     return Sources(torch.from_numpy(files).permute(0, 3, 1, 2).float() / 255, names)
+
+
+def cropped(sides: Sequence[int]) -> list[int]:
+    """Height and width, rounded down to what all block counts divide."""
+    if min(sides) < SIDE:
+        raise UserError(
+            f"the smallest height and width of these images, {sides[0]}×{sides[1]}, are below {SIDE} pixels"
+        )
+    return [side - side % SIDE for side in sides]
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
@@ -195,7 +192,8 @@ def read_sources(args: argparse.Namespace) -> Sources:
 class PictureNetwork(nn.Module):
     """A network for the three sources of a picture: pixels in [0, 1] of any resolution, which are brought to the one it
     was trained at. Its K + 3 logits are in an order of their own for each source, such that source i's class is number
-    i: every source has a class that is not another's. ``features``: see ``look``.
+    i: every source has a class that is not another's. ``features``: mean size over channels [3, H, W] of the last mixed
+    activations, before and after.
 
     Args:
         network: to look through.
@@ -223,19 +221,15 @@ class PictureNetwork(nn.Module):
         if mix is None:
             logits = self.network(pixels)
         else:
-            logits = self.network.model((pixels - self.network.mean) / self.network.std, mix_at, self.look(mix))
+
+            def look(activations: Tensor) -> Tensor:
+                mixed = mix(activations)
+                self.features = (activations.abs().mean(dim=1), mixed.abs().mean(dim=1))
+                return mixed
+
+            logits = self.network.model((pixels - self.network.mean) / self.network.std, mix_at, look)
         # a network may have fewer than three classes
         return F.pad(logits, (0, 3), value=-1e4).gather(1, self.order)
-
-    def look(self, mix: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """``mix``, which leaves in ``features`` the mean size over channels [3, H, W] of what comes in and goes out."""
-
-        def seen(activations: Tensor) -> Tensor:
-            mixed = mix(activations)
-            self.features = (activations.abs().mean(dim=1), mixed.abs().mean(dim=1))
-            return mixed
-
-        return seen
 
 
 def make_network(sources: Sources, args: argparse.Namespace) -> tuple[PictureNetwork, str]:
@@ -338,7 +332,7 @@ def tiles_of_pair(method: Method, sources: Sources, mixed: Mixed, lam: float) ->
     mask = mixed.mask[0]
     if method.name == "sage":  # A/(A + B') is its mask, so that both maps together are A over the mask
         yield Tile("Both, b moved", torch.where(mask > 0, lam * a / a.sum() / mask, 0))
-    yield Tile("Weight of a", grey(mask))
+    yield Tile("Weight of a", mask.expand(3, *mask.shape))
 
 
 def tiles_of_all(method: Method, mixed: Mixed, draws: Any) -> Iterator[Tile]:
@@ -348,16 +342,12 @@ def tiles_of_all(method: Method, mixed: Mixed, draws: Any) -> Iterator[Tile]:
     maps = mixed.saliency[0]
     yield from (Tile(f"Saliency of {name}", of) for name, of in zip("abc", maps, strict=True))
     # the same assignment once more, of images of one colour
-    colours = torch.eye(3)[:, :, None, None].repeat(1, 1, *maps.shape[1:])
+    colours = torch.tensor([to_rgb(colour) for colour in pictures.THREE])
+    colours = colours[:, :, None, None].repeat(1, 1, *maps.shape[1:])
     of_colours = method.mix(None, colours, torch.arange(3), draws, saliency=maps)
     if of_colours.images is not None and torch.equal(of_colours.targets, mixed.targets):
         output = int(torch.special.entr(mixed.targets).sum(dim=1).argmax())
-        yield Tile("Cells", of_colours.images[output], "a red\nb green\nc blue")
-
-
-def grey(mask: Tensor) -> Tensor:
-    """[H, W] in [0, 1] as colours [3, H, W]."""
-    return mask.expand(3, *mask.shape)
+        yield Tile("Cells", of_colours.images[output], "a blue\nb orange\nc green")
 
 
 # ------------------------------------------------------------------------------------------------------------- plotting
@@ -412,12 +402,6 @@ def pixels_of(image: Tensor) -> np.ndarray:
     if image.ndim == 2:
         return colormaps["magma"]((image / image.max().clamp(min=1e-30)).numpy(), bytes=True)[..., :3]
     return to_bytes(image.clamp(0, 1)).permute(1, 2, 0).numpy()
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write the figure, whole or not at all."""
-    with atomic_write(path) as file:
-        figure.savefig(file, format=path.suffix[1:].lower())
 
 
 if __name__ == "__main__":
