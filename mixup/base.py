@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -205,12 +205,12 @@ class Method:
         return self._draw(rng, batch, height, width, epoch)
 
     def mix(
-        self, model: Model, images: Tensor, labels: Tensor, draws: Any = None, *, saliency: Tensor | None = None
+        self, model: Model | None, images: Tensor, labels: Tensor, draws: Any = None, *, saliency: Tensor | None = None
     ) -> Mixed:
         """What to train on.
 
         Args:
-            model: maps images to logits [B, K]; methods without a saliency pass ignore it.
+            model: maps images to logits [B, K]; may be None with ``saliency``, or for a method without a saliency pass.
             images: [B, C, H, W] normalised, floating.
             labels: [B] integers in [0, K), or [B, K] floating rows, which are mixed as they are.
             draws: of ``draw``, or any object with the same attributes, numbers or tensors; None: drawn from ``rng``.
@@ -225,7 +225,7 @@ class Method:
                 f"{self.title} takes saliency from a network, not from {model!r}: hand it over, or saliency=maps"
             )
         labels, draws = self._checked(images, labels, draws, saliency)
-        return self._mix(model, images, labels, draws, saliency)
+        return self._mix(cast(Model, model), images, labels, draws, saliency)
 
     def step(
         self, model: Model, images: Tensor, labels: Tensor, draws: Any = None, *, saliency: Tensor | None = None
