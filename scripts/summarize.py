@@ -143,7 +143,7 @@ def in_words(numbers: pd.Series) -> str:
     if known.empty:
         return "–"
     is_drop, digits = str(numbers.name).startswith("clean drop"), 1 if numbers.name in COSTS else 2
-    mean = f"{-known.mean():+.2f}" if is_drop else f"{known.mean():.{digits}f}"
+    mean = f"{0 - known.mean():+.2f}" if is_drop else f"{known.mean():.{digits}f}"
     deviation = f" ± {known.std():.{digits}f}" if len(known) > 1 else ""
     return minus(mean + deviation) + (f" (n = {len(known)})" if len(known) < len(numbers) else "")
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from scripts import summarize
+from scripts import evaluate, summarize
 from tests.common import ROOT, SAGE, SMALL, main
 from tests.made_runs import DIGESTS, change, evaluated, make_run
 from utils import pictures
@@ -269,27 +269,35 @@ def test_errors_cost_one_line(
     assert error.count("\n") == 1
 
 
-def test_runs_of_the_program(tree: Path, tmp_path: Path) -> None:
-    words = [
-        *SMALL,
-        "--data_dir",
-        tree,
-        "--root_dir",
-        tmp_path / "runs",
-        "--epochs",
-        2,
-        "--schedule",
-        1,
-        "--gammas",
-        0.1,
-    ]
-    main(*words)
-    main(*words, *SAGE)
+def test_runs_and_evaluations_of_the_programs(tree: Path, tmp_path: Path) -> None:
+    words = [*SMALL, "--data_dir", tree, "--root_dir", tmp_path / "runs", "--epochs", 2, "--schedule", 1]
+    main(*words, "--gammas", 0.1)
+    main(*words, "--gammas", 0.1, *SAGE)
+    for checkpoint in (tmp_path / "runs").glob("*/checkpoint.pth.tar"):
+        parts = ["--parts", "clean", "calibration", "corruptions", "fgsm", "--images", 1, "--shift", f"all={tree}"]
+        call = ["--checkpoint", checkpoint, "--data_dir", tree, "--ngpu", 0, *parts]
+        assert evaluate.main([*map(str, call)]) == 0
     (left,) = (tmp_path / "runs").glob("*sage*")
     finals = [json.loads(path.read_text())["final_top1"] for path in (tmp_path / "runs").glob("*/result.json")]
     text = write(tmp_path / "runs", tmp_path / "out")
     assert {cells(text, label)[0]["accuracy"] for label in ("Vanilla", "SAGE")} == {f"{final:.2f}" for final in finals}
     assert "SAGE: rand_pos 0.01, update_ratio 0.7, upper_lambda 0.6." in text
+    runs = read_runs([tmp_path / "out" / "runs.csv"])
+    row = runs.iloc[0]
+    images, few, digest = row["test_images"], row["classes"], f"digest {row['test_digest'][:8]}"
+    for name in ("test", "all"):  # the names of the columns in results/*/runs.csv
+        columns = [
+            f"clean top1 [{name}: {images} images, {digest}]",
+            f"calibration ece [{name}: {images} images, bins 15, {digest}]",
+            f"corruptions error [{name}: {few} images, seed 0, source made here, {digest}]",
+            f"fgsm 4 [{name}: {few} images, seed 0, {digest}]",
+            f"fgsm 8 [{name}: {few} images, seed 0, {digest}]",
+        ]
+        assert runs[columns].notna().all(axis=None)
+        records = [json.loads(line) for line in (left / "evaluation" / "results.jsonl").read_text().splitlines()]
+        (sage,) = [of["numbers"] for of in records if (of["part"], of["set"]) == ("fgsm", name)]
+        assert runs.loc[runs["method"] == "sage", columns[3:]].to_numpy().tolist() == [[sage["4"], sage["8"]]]
+    assert cells(text, "SAGE")[0]["against test (all)"] == "+0.00"
     (left / "result.json").unlink()
     assert cells(shown(tmp_path / "runs"), left.name)[0]["why"] == "unfinished"
     assert str(tmp_path) not in (tmp_path / "out" / "runs.csv").read_text()

@@ -227,7 +227,8 @@ def evaluation_of(folder: Path, row: Row) -> Row:
 def columns_of(record: dict[str, Any], checkpoint: str) -> Row:
     """The columns of a record of results.jsonl."""
     numbers, how = record["numbers"], record["how"]
-    words = [f"{name} {how[name]}" for name in sorted(how) if name not in ("images", "eps") and how[name] is not None]
+    said = ("images", "classes", "eps")  # classes: the digest stands for them
+    words = [f"{name} {how[name]}" for name in sorted(how) if name not in said and how[name] is not None]
     text = ", ".join([f"{checkpoint}{how['images']:,} images", *words, f"digest {record['digest'][:8]}"])
     kept = {name: numbers.get(name) for name in PARTS.get(record["part"], numbers)}
     names = {name: f"{record['part']} {name} [{record['set']}: {text}]" for name in kept if kept[name] is not None}
