@@ -197,9 +197,7 @@ def find_arrays(args: argparse.Namespace, data: Data) -> Path | None:
     folder = args.corruptions_dir or (usual if args.dataset in PUBLISHED and usual.is_dir() else None)
     if folder is not None:
         if not test_sets.is_corrupted(folder):
-            raise BadArguments(
-                f"{folder} holds neither labels.npy, as published arrays do, nor corruption/severity/class"
-            )
+            raise BadArguments(f"{folder} holds neither the labels.npy of arrays nor corruption/severity/class")
         test_sets.refuse_unknown_arrays(folder, data.classes)
     return folder
 
@@ -243,9 +241,6 @@ def size_of(split: Split) -> Record:
     return {"images": len(split), "classes": len(split.labels.unique())}
 
 
-# ---------------------------------------------------------------------------------------------------------------- parts
-
-
 def measure(job: Job, on: TestSet, own: TestSet | None = None, arrays: Path | None = None) -> None:
     """The parts that were asked for on one test set; ``own``: the in-distribution one, where this is another."""
     clean(job, on, own)
@@ -266,12 +261,11 @@ def clean(job: Job, on: TestSet, own: TestSet | None) -> None:
     confusion.index_put_((labels, on.logits.argmax(dim=1)), torch.ones_like(labels), accumulate=True)
     shares = (100 * confusion.diagonal().double() / confusion.sum(dim=1)).tolist()
     per_class = {name: share for name, share in zip(classes, shares, strict=True) if not math.isnan(share)}
-    numbers = {"top1": first, "top5": five, "loss": F.cross_entropy(on.logits.double(), labels).item()}
+    numbers: Record = {"top1": first, "top5": five, "loss": F.cross_entropy(on.logits.double(), labels).item()}
     if own:
         numbers["drop"] = round(own_top1(own, labels) - first, 9)
-    job.keep(
-        "clean", on.name, on.digest, size_of(on.split), numbers | {"per_class": per_class}, confusion=confusion.tolist()
-    )
+    numbers["per_class"] = per_class
+    job.keep("clean", on.name, on.digest, size_of(on.split), numbers, confusion=confusion.tolist())
     path = job.picture(on.name, "confusion")
     pictures.attempt(pictures.plot_confusion, path, confusion.numpy(), classes, job.title(), first)
 
@@ -383,9 +377,6 @@ def measure_corrupted(job: Job, name: str, parts: test_sets.Sets, own: TestSet) 
         job.keep("calibration", name, digest, how | {"bins": job.args.bins}, {"ece": ece, "confidence": confidence})
 
 
-# ------------------------------------------------------------------------------------------------- results and pictures
-
-
 def picture_name(checkpoint_name: str, name: str, part: str) -> str:
     """Such as checkpoint_confusion.png, or checkpoint_C_confusion.png for the test set C."""
     stem = re.sub(r"(\.(pth|pt|tar|ckpt))+$", "", checkpoint_name)
@@ -422,11 +413,9 @@ def text_of(record: Record) -> str:
     else:
         words = [f"{value:.2f}% at {size}/255" for size, value in sorted(numbers.items(), key=lambda of: float(of[0]))]
         words = [f"top-1 {', '.join(words)}, {record['detail']['clean_top1']:.2f}% without attack"]
-    words_of_how = [f"{how['images']:,} images"]
-    for name, value in how.items():
-        if name not in ("images", "eps") and value is not None:
-            words_of_how.append(f"{name.replace('_', ' ')} {value}")
-    return f"{', '.join(words)} ({', '.join(words_of_how)})"
+    others = {name: value for name, value in how.items() if name not in ("images", "eps") and value is not None}
+    measured = [f"{how['images']:,} images", *(f"{name.replace('_', ' ')} {value}" for name, value in others.items())]
+    return f"{', '.join(words)} ({', '.join(measured)})"
 
 
 def write_markdown(folder: Path, records: Sequence[Record]) -> None:
@@ -434,9 +423,8 @@ def write_markdown(folder: Path, records: Sequence[Record]) -> None:
     paragraphs = []
     for name in dict.fromkeys(record["checkpoint"] for record in reversed(records)):
         chapter = [record for record in records if record["checkpoint"] == name]
-        paragraphs.append(
-            f"# {name}\n\nEpochs: {chapter[-1]['epoch'] or 'unknown'}. SHA-256: `{chapter[-1]['sha256']}`"
-        )
+        last = chapter[-1]
+        paragraphs.append(f"# {name}\n\nEpochs: {last['epoch'] or 'unknown'}. SHA-256: `{last['sha256']}`")
         for other in sorted({record["set"] for record in chapter}, key=lambda other: (other != "test", other)):
             paragraphs.append(f"## {other}")
             for record in sorted(chapter, key=lambda record: PARTS.index(record["part"])):

@@ -259,9 +259,6 @@ def test_other_files_are_not_tables_of_runs(tmp_path: Path, content: str, messag
         read_runs([tmp_path / "runs.csv"])
 
 
-# --------------------------------------------------------------------------------------------------- tests over seeds
-
-
 def seeds(*values: float, first: int = 1) -> pd.Series:
     return pd.Series(values, range(first, first + len(values)), dtype=float)
 

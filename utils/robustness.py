@@ -100,20 +100,12 @@ def _jpeg(image: Tensor, quality: int) -> Tensor:
         return torch.from_numpy(np.array(decoded)).permute(2, 0, 1)
 
 
-# -------------------------------------------------------------------------------------------------------------- attacks
-
-
 def fgsm(model: nn.Module, pixels: Tensor, labels: Tensor, eps: float) -> Tensor:
     """One step of ``eps`` along the sign of the gradient (Goodfellow et al., "Explaining and Harnessing Adversarial
     Examples", 2015).
 
-    Args:
-        model: of pixels in [0, 1], which it normalises itself; in the mode (eval) it is in.
-        pixels: [B, C, H, W] in [0, 1]; so is what is returned.
-        labels: [B] int64, the true ones.
-        eps: largest change of a pixel.
-
-    An image whose gradient is zero everywhere is left as it is.
+    Takes a network of pixels in [0, 1] that normalises them itself, in eval mode; pixels [B, C, H, W] in [0, 1], true
+    labels [B] int64, and the largest change of a pixel. Returns pixels; they stay where the gradient is zero.
     """
     sign, _ = _ascent(model, pixels, labels)
     return (pixels + eps * sign).clamp(0, 1)
@@ -133,12 +125,9 @@ def pgd(
     """Projected gradient ascent from random starts (Madry et al., "Towards Deep Learning Models Resistant to
     Adversarial Attacks", 2018).
 
-    An image is done with as soon as it is misclassified, at first as it is, so that every start and every step can
-    only add to those that are; starts are drawn for all images, so that those of few are the first of many.
-
     Arguments are those of ``fgsm``, the number of steps and of random starts, the change of a pixel in a step, and the
-    CPU's generator of the starts. Returns [B, C, H, W], nowhere further than ``eps`` from ``pixels``: the first image
-    found that is misclassified, else the last one tried.
+    CPU's generator of the starts, which are drawn for all images. Returns [B, C, H, W], nowhere further than ``eps``
+    from ``pixels``: the first image found that is misclassified (at first the one given), else the last one tried.
     """
     found = pixels.clone()
     with torch.no_grad():
@@ -168,9 +157,6 @@ def _ascent(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, T
 
     gradient, _ = saliency_pass(model, pixels, loss)
     return gradient.sign(), correct[0]
-
-
-# ---------------------------------------------------------------------------------------------------------- calibration
 
 
 def calibration(logits: Tensor, labels: Tensor, bins: int = 15) -> tuple[float, list[tuple[int, float, float]]]:
