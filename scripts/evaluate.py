@@ -16,9 +16,9 @@ in-distribution test set. PATH is an image tree <class>/ (or with test/ or val/ 
 of them; CIFAR-10.1's cifar10.1_v6_data.npy (and _labels.npy) or their folder; or corrupted images as published, on
 which clean and calibration are means over corruptions and severities.
 
---corruptions_dir is a folder with the published CIFAR-10-C or CIFAR-100-C arrays or the tree of Tiny-ImageNet-C; they
-are also found as DATA/CIFAR-10-C and so on. Labels of arrays count the classes in the order of their names. The mean is
-over the 15 corruptions of the benchmark. Without such a folder corruptions are made here (utils/robustness.py).
+--corruptions_dir has the published CIFAR-10-C or CIFAR-100-C arrays or the tree of Tiny-ImageNet-C, by default
+DATA/CIFAR-10-C and so on. Labels of arrays count the classes in the order of their names. The mean is over the 15
+corruptions of the benchmark. Without such a folder corruptions are made here (utils/robustness.py).
 
 Each part appends a record to results.jsonl in --out: the numbers, how they were measured, the checkpoint's SHA-256 and
 the digest of the test set. Earlier records are never changed; results.md shows the newest of each. The network runs in

@@ -235,11 +235,8 @@ def in_latex(runs: pd.DataFrame) -> str:
     """The table of each setting for LaTeX, split by its sections: all columns side by side are wider than a page."""
     blocks = [r"% \usepackage{booktabs}"]
     for _, part in tables.counted(runs)[0].groupby("table", sort=False):
-        lines = [
-            r"\begin{table}",
-            r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
-            rf"\caption{{{tex(caption(part))}.}}",
-        ]
+        lines = [r"\begin{table}", r"\centering\footnotesize\setlength{\tabcolsep}{4pt}"]
+        lines.append(rf"\caption{{{tex(caption(part))}.}}")
         notes: list[str] = []
         for columns in columns_of(part).values():
             if columns:
@@ -265,9 +262,8 @@ def write_summary(runs: pd.DataFrame, out: Path) -> None:
     numbers.columns = [f"{name} {kind}" for name, kind in numbers.columns]
     texts = {"summary.md": in_markdown(runs, SECTIONS[:-1]), "summary.tex": in_latex(runs)}
     texts["summary.csv"] = numbers.to_csv(float_format="%.7g", lineterminator="\n")
-    texts["differences.csv"] = tables.compare(whole, measures).to_csv(
-        index=False, float_format="%.6g", lineterminator="\n"
-    )
+    differences = tables.compare(whole, measures)
+    texts["differences.csv"] = differences.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     for name, text in texts.items():
         write_text(out / name, text)
     tables.write_runs(out / "runs.csv", runs)

@@ -120,7 +120,6 @@ def test_corruptions_of_an_even_image_that_move_or_average() -> None:
 def test_corruptions_that_do_not_exist_are_refused(name: str, severity: int) -> None:
     with pytest.raises(ValueError, match=f"{name}.*{severity}"):
         corrupt(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), name, severity)
-
     with pytest.raises(ValueError, match="float32"):
         corrupt(torch.zeros(1, 3, 32, 32), "contrast", 1)
 

@@ -217,10 +217,8 @@ def evaluation_of(folder: Path, row: Row) -> Row:
         else:  # the checkpoint was deleted
             found = [of for of in records if of["checkpoint"] == LAST == name and of["epoch"] == last]
         if found:
-            columns: Row = {}
-            for record in found:
-                columns |= columns_of(record, "" if name == LAST else "model_best, ")
-            return columns
+            checkpoint = "" if name == LAST else "model_best, "
+            return {column: value for record in found for column, value in columns_of(record, checkpoint).items()}
     return {}
 
 
@@ -230,9 +228,8 @@ def columns_of(record: dict[str, Any], checkpoint: str) -> Row:
     said = ("images", "classes", "eps")  # classes: the digest stands for them
     words = [f"{name} {how[name]}" for name in sorted(how) if name not in said and how[name] is not None]
     text = ", ".join([f"{checkpoint}{how['images']:,} images", *words, f"digest {record['digest'][:8]}"])
-    kept = {name: numbers.get(name) for name in PARTS.get(record["part"], numbers)}
-    names = {name: f"{record['part']} {name} [{record['set']}: {text}]" for name in kept if kept[name] is not None}
-    return {column: float(f"{kept[name]:.7g}") for name, column in names.items()}
+    names = [name for name in PARTS.get(record["part"], numbers) if numbers.get(name) is not None]
+    return {f"{record['part']} {name} [{record['set']}: {text}]": float(f"{numbers[name]:.7g}") for name in names}
 
 
 def check(row: Row) -> None:
