@@ -293,10 +293,12 @@ def corruptions(job: Job, on: TestSet, arrays: Path | None) -> None:
     place = best_seen(on.chosen.images)
     found: dict[str, list[float]] = {}
     shown: dict[str, list[Tensor]] = {}
+    hashed = hashlib.sha256()
     for name, severity, split in sets:
         logits = predict(job, split, f"{on.name} {name} {severity}")
         found.setdefault(name, []).append(100 - top1(logits, split.labels))
         shown.setdefault(name, [] if arrays else [on.chosen.images[place]]).append(split.images[place % len(split)])
+        hashed.update(f"{name} {severity} {split_digest(split)}".encode())
     counted, source = found, "made here"
     if arrays:
         known = {name: row for name, row in found.items() if name in test_sets.BENCHMARK}
@@ -305,6 +307,7 @@ def corruptions(job: Job, on: TestSet, arrays: Path | None) -> None:
             source += f", {len(known)} of the benchmark's {len(test_sets.BENCHMARK)} corruptions"
     mean = float(np.mean(list(counted.values())))
     how = size_of(split) | {"seed": job.args.seed, "source": source}
+    how |= {"source_digest": hashed.hexdigest()[:8]} if arrays else {}  # images made here follow from those of the set
     job.keep("corruptions", on.name, on.digest, how, {"error": mean, "errors": found}, folder=str(arrays or ""))
     title = job.title(f"top-1 error [%] ({source}), mean of {len(counted)} corruptions {mean:.1f}")
     pictures.attempt(pictures.plot_corruptions, job.picture(on.name, "corruptions"), found, title)

@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import Normalize
 
 from load_data import load
 from tests.common import MEAN, SMALL, STD, main, rows, run
-from utils import options
+from utils import options, tables
 from utils.errors import BadArguments
 from utils.files import read_records
 from utils.robustness import CORRUPTIONS, calibration, corrupt, fgsm, pgd
@@ -481,6 +481,11 @@ def test_published_arrays_are_read_where_they_are(
         (tmp_path / "arrays" / f"{name}.npy").unlink()
     found = evaluate(*words, "--out", tmp_path / "extra")["corruptions", "test"]
     assert "0 of the benchmark's 15" in found["how"]["source"]
+    again = evaluate(*words, "--out", tmp_path / "again")["corruptions", "test"]
+    assert tables.columns_of(again, "") == tables.columns_of(found, "")
+    np.save(tmp_path / "arrays" / "saturate.npy", np.zeros((200, 32, 32, 3), np.uint8))
+    other = evaluate(*words, "--out", tmp_path / "other")["corruptions", "test"]
+    assert tables.columns_of(other, "").keys().isdisjoint(tables.columns_of(found, ""))
 
 
 def test_arrays_of_other_classes_are_refused(words: list[object], tmp_path: Path) -> None:
