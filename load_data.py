@@ -46,6 +46,7 @@ from torchvision.datasets.utils import check_integrity
 from mixup.base import to_device
 from mixup.settings import NORMALISATION, Colour
 from utils.errors import BadArguments, UserError
+from utils.files import log
 from utils.images import TINY_ARCHIVE, Reading, load_tree, one_line, pixel_digest, split_folders
 
 
@@ -131,10 +132,6 @@ class Data:
                 return self
         moved = [Split(split.images.to(device), split.labels.to(device)) for split in splits]
         return replace(self, train=moved[0], test=moved[1], valid=moved[2] if self.valid else None)
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
 
 
 # -------------------------------------------------------------------------------------------------------------- batches
@@ -368,7 +365,6 @@ def load(
     seed: int = 0,
     cache: bool = True,
     test_only: bool = False,
-    warn: Callable[[str], None] = _warn,
 ) -> Data:
     """Load a data set into host memory; the sources are described at the top of this file.
 
@@ -381,10 +377,11 @@ def load(
         cache: whether decoded images are kept in ``data_dir``.
         test_only: a tree without training images will do; ``mean`` and ``std`` are then 0 and 1 where none are
             published.
-        warn: called with one line about anything that the user should know.
 
     Raises:
         UserError: missing, empty or unreadable files and classes, with the path and what to do.
+
+    Warnings go to the logger "sage".
     """
     if dataset not in KINDS:
         raise UserError(f"unknown dataset {dataset!r}; choose from {', '.join(DATASETS)}")
@@ -393,19 +390,19 @@ def load(
         raise UserError(f"image_size {image_size} is for the dataset folder; {dataset} has a size of its own")
     folder = os.path.abspath(data_dir)
     size = image_size or kind.size
-    reading = Reading((size, size) if isinstance(size, int) else size, cache, warn, test_only)
+    reading = Reading((size, size) if isinstance(size, int) else size, cache, test_only)
     found = next(filter(None, (source(dataset, folder, reading) for source in kind.sources)), None)
     if found is None:
         raise _nothing_there(dataset, folder)
     splits, classes = found.splits, found.classes
     digests = {name: split_digest(split, found.pixels.get(name)) for name, split in splits.items()}
-    _compare_splits(digests, found.folders, valid_labels_per_class, warn)
+    _compare_splits(digests, found.folders, valid_labels_per_class)
     if "train" not in splits:
         train = Split(splits["test"].images[:0], splits["test"].labels[:0])
         mean, std = kind.normalisation or ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
         return Data(dataset, found.source, classes, mean, std, train, splits["test"], None, kind.flip, digests)
     train, valid = splits["train"], splits.get("valid")
-    chosen, set_aside = _choose(train.labels, classes, labels_per_class, valid_labels_per_class, seed, warn)
+    chosen, set_aside = _choose(train.labels, classes, labels_per_class, valid_labels_per_class, seed)
     limit = labels_per_class if len(chosen) + len(set_aside) < len(train) else None
     if len(set_aside):
         valid = Split(train.images[set_aside], train.labels[set_aside])
@@ -418,13 +415,13 @@ def load(
     )  # fmt: skip
 
 
-def _compare_splits(digests: dict[str, str], folders: dict[str, str], aside: int, warn: Callable[[str], None]) -> None:
+def _compare_splits(digests: dict[str, str], folders: dict[str, str], aside: int) -> None:
     """Refuse two validation sets; warn of two splits with the same images."""
     if aside and "valid" in digests:
         raise BadArguments(f"valid_labels_per_class {aside}: the tree has {folders['valid']}/ for that; leave it out")
     for a, b in (("train", "test"), ("train", "valid"), ("valid", "test")):
         if a in digests and digests[a] == digests.get(b):
-            warn(f"{folders.get(a, a)!r} and {folders.get(b, b)!r} hold the same images")
+            log.warning(f"warning: {folders.get(a, a)!r} and {folders.get(b, b)!r} hold the same images")
 
 
 def _nothing_there(dataset: str, folder: str) -> UserError:
@@ -441,9 +438,7 @@ def split_digest(split: Split, pixels: str | None = None) -> str:
     return hashlib.sha256(pixels.encode() + split.labels.numpy().astype("<i8").tobytes()).hexdigest()[:32]
 
 
-def _choose(
-    labels: Tensor, classes: Sequence[str], number: int | None, aside: int, seed: int, warn: Callable[[str], None]
-) -> tuple[Tensor, Tensor]:
+def _choose(labels: Tensor, classes: Sequence[str], number: int | None, aside: int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the training and validation images: a random choice of each class, in the order of the files."""
     chosen, set_aside, short = [], [], []
     for label, name in enumerate(classes):
@@ -463,7 +458,8 @@ def _choose(
     if short:
         least, name = min(short)
         of = f"{len(short)} of {len(classes)} classes have" if len(short) > 1 else f"class {name!r} has"
-        warn(f"labels_per_class {number}: {of} fewer training images ({name!r}: {least}); all of them are used")
+        few = f"{of} fewer training images ({name!r}: {least})"
+        log.warning(f"warning: labels_per_class {number}: {few}; all of them are used")
     return tuple(torch.from_numpy(np.sort(np.concatenate(parts))) for parts in (chosen, set_aside))  # type: ignore[return-value]
 
 

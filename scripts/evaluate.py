@@ -37,7 +37,6 @@ import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,8 +206,7 @@ def open_sets(job: Job) -> dict[str, test_sets.Sets]:
     names = ["test", *(name for name, _ in job.args.shift)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise BadArguments(f"--shift names two sets {twice[0]!r} (test is that of --data_dir); choose another name")
-    warn = partial(log.warning, "warning: %s")
-    return {name: test_sets.open_set(path, job.data, job.choose, warn) for name, path in job.args.shift}
+    return {name: test_sets.open_set(path, job.data, job.choose) for name, path in job.args.shift}
 
 
 @torch.inference_mode()

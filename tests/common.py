@@ -6,6 +6,7 @@ import csv
 import importlib
 import io
 import json
+import logging
 import os
 import resource
 import signal
@@ -33,6 +34,22 @@ def golden(name: str) -> dict[str, Any]:
     """Arrays of ``tests/golden/NAME`` (npz) or its JSON content."""
     path = GOLDEN / name
     return json.loads(path.read_text()) if path.suffix == ".json" else dict(np.load(path))
+
+
+@contextmanager
+def warned() -> Iterator[list[str]]:
+    """The warnings of the block's code, as they come."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log, level = logging.getLogger("sage"), logging.getLogger("sage").level
+    log.setLevel(logging.WARNING)  # a program before may have been told to be quiet
+    log.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def normalise(images_u8: np.ndarray) -> Tensor:

@@ -645,13 +645,13 @@ def test_classes_may_be_named_after_numbers(tmp_path: Path) -> None:
         for folder in (tmp_path / "digits" / "test" / name, tmp_path / "digits" / "train" / name):
             folder.mkdir(parents=True)
             Image.new("RGB", (32, 32)).save(folder / "0.png")
-    ((name, severity, split),) = open_set(tmp_path / "digits", data, lambda labels: np.arange(len(labels)), print)
+    ((name, severity, split),) = open_set(tmp_path / "digits", data, lambda labels: np.arange(len(labels)))
     assert (name, severity, split.labels.tolist()) == ("", 0, [0, 1, 2, 3])
     for severity in range(1, 6):
         shutil.copytree(tmp_path / "digits" / "test", tmp_path / "corrupted" / "fog" / str(severity))
     (tmp_path / "corrupted" / "fog" / ".DS_Store").write_bytes(b"")
     (tmp_path / "corrupted" / "fog" / ".cache").mkdir()
-    found = list(open_set(tmp_path / "corrupted", data, lambda labels: np.arange(len(labels)), print))
+    found = list(open_set(tmp_path / "corrupted", data, lambda labels: np.arange(len(labels))))
     assert [(name, severity) for name, severity, _ in found] == [("fog", severity) for severity in range(1, 6)]
 
 
@@ -662,7 +662,7 @@ def test_published_arrays_may_be_another_test_set(tmp_path: Path) -> None:
     for name, array in (("labels", labels), ("fog", images), ("snow", images[::-1])):
         np.save(tmp_path / f"{name}.npy", array)
     data: Any = SimpleNamespace(classes=CIFAR10, image_size=(32, 32))
-    found = list(open_set(tmp_path, data, lambda labels: np.flatnonzero(labels < 2), print))
+    found = list(open_set(tmp_path, data, lambda labels: np.flatnonzero(labels < 2)))
     assert [(name, severity) for name, severity, _ in found] == [(n, s) for n in ("fog", "snow") for s in range(1, 6)]
     for i, (_, _, split) in enumerate(found[:5]):
         assert split.labels.tolist() == [0, 1, 0, 1]

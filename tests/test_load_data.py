@@ -32,7 +32,7 @@ from torch import Tensor
 
 import load_data
 from load_data import NORMALISATION, Data, Split, load
-from tests.common import main
+from tests.common import main, warned
 from utils import images as image_files
 from utils.errors import UserError
 from utils.images import read_image
@@ -62,7 +62,10 @@ def make_tree(
 
 def quiet(dataset: str, folder: Path, **arguments: Any) -> Data:
     """``load``; a warning is a failure."""
-    return load(dataset, folder, **{"warn": pytest.fail, **arguments})
+    with warned() as lines:
+        data = load(dataset, folder, **arguments)
+    assert lines == []
+    return data
 
 
 def array(image: Tensor) -> np.ndarray:
@@ -72,7 +75,7 @@ def array(image: Tensor) -> np.ndarray:
 def refused(folder: Path, *words: str, dataset: str = "folder", **arguments: Any) -> None:
     """Loading raises one line that holds all ``words``."""
     with pytest.raises(UserError) as caught:
-        load(dataset, folder, warn=lambda _: None, **arguments)
+        load(dataset, folder, **arguments)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     for word in words:
@@ -128,8 +131,8 @@ def test_jpeg_webp_upper_case_subfolders_and_hidden_names(tmp_path: Path) -> Non
 
 
 def warnings_of(dataset: str, folder: Path) -> list[str]:
-    lines: list[str] = []
-    load(dataset, folder, warn=lines.append)
+    with warned() as lines:
+        load(dataset, folder)
     return lines
 
 
@@ -220,7 +223,7 @@ def test_pictures_in_other_formats_are_named_once(tmp_path: Path) -> None:
     (line,) = warnings_of("folder", tmp_path)
     assert "2 files" in line
     assert "a.bmp" in line
-    assert len(quiet("folder", tmp_path, warn=lambda line: None).train) == 8
+    assert len(load("folder", tmp_path).train) == 8
 
 
 @pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JFIF"])
@@ -921,8 +924,8 @@ def test_damaged_cache_is_made_again(
     content = bytearray(good)
     content[position % len(content)] ^= value
     path.write_bytes(content[:cut])
-    lines: list[str] = []
-    assert same(load("folder", root, warn=lines.append), data)
+    with warned() as lines:
+        assert same(load("folder", root), data)
     assert len(lines) <= 1  # a byte that nobody reads may differ
     assert same(quiet("folder", root), data)
 
@@ -944,8 +947,8 @@ def test_foreign_caches_are_not_trusted(tmp_path: Path) -> None:
     ):
         with path.open("wb") as file:
             write(file)
-        lines: list[str] = []
-        assert same(load("folder", tmp_path, warn=lines.append), data)
+        with warned() as lines:
+            assert same(load("folder", tmp_path), data)
         assert len(lines) == 1
         assert "decoded again" in lines[0]
 
@@ -957,8 +960,8 @@ def test_data_dir_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(30, "Read-only file system", path)
 
     monkeypatch.setattr(image_files, "atomic_write", refuse)
-    lines: list[str] = []
-    assert len(load("folder", tmp_path, warn=lines.append).train) == 8
+    with warned() as lines:
+        assert len(load("folder", tmp_path).train) == 8
     assert len(lines) == 1
     assert "Read-only" in lines[0]
 
@@ -1047,7 +1050,7 @@ def test_the_limit_is_the_one_that_acted(
     root = tmp_path_factory.getbasetemp() / "twelve"
     if not root.exists():
         make_tree(root, train=12, test=1, size=(8, 8))
-    chosen = {"labels_per_class": given, "valid_labels_per_class": aside, "warn": lambda line: None}
+    chosen = {"labels_per_class": given, "valid_labels_per_class": aside}
     assert quiet("folder", root, **chosen).limit == limit
 
 
@@ -1082,10 +1085,10 @@ def test_validation_images_are_others(tmp_path: Path) -> None:
 def test_more_labels_than_images_is_one_line(tmp_path: Path) -> None:
     make_tree(tmp_path, train=4)
     (tmp_path / "train" / "dog" / "0.png").unlink()
-    lines: list[str] = []
-    data = load("folder", tmp_path, labels_per_class=4, warn=lines.append)
-    assert data.train.labels.tolist() == [0] * 4 + [1] * 3
-    data = load("folder", tmp_path, labels_per_class=5000, valid_labels_per_class=1, warn=lines.append)
+    with warned() as lines:
+        data = load("folder", tmp_path, labels_per_class=4)
+        assert data.train.labels.tolist() == [0] * 4 + [1] * 3
+        data = load("folder", tmp_path, labels_per_class=5000, valid_labels_per_class=1)
     assert len(data.train) == 5
     assert len(lines) == 2
     assert "labels_per_class 4: class 'dog'" in lines[0]

@@ -19,7 +19,7 @@ import hashlib
 import os
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import UserError
-from .files import atomic_write, remove_leftovers
+from .files import atomic_write, log, remove_leftovers
 
 TINY_ARCHIVE = "tiny-imagenet-200.zip (http://cs231n.stanford.edu/tiny-imagenet-200.zip)"
 SPLITS = {"train": "train", "val": "valid", "valid": "valid", "validation": "valid", "test": "test"}  # by folder name
@@ -63,13 +63,11 @@ class Reading(NamedTuple):
     Attributes:
         size: height and width of the images; None: as they suggest.
         cache: whether decoded images are kept in the tree.
-        warn: called with one line about anything that the user should know.
         test_only: a tree without training images will do.
     """
 
     size: tuple[int, int] | None
     cache: bool
-    warn: Callable[[str], None]
     test_only: bool = False
 
 
@@ -93,12 +91,12 @@ def load_tree(root: str, reading: Reading) -> tuple[list[str], dict[str, TreeSpl
     key = _fingerprint(root, files, reading.size)
     size = "x".join(map(str, reading.size)) if reading.size else "auto"
     path = os.path.join(root, f".sage-cache-{size}.npz")
-    images = _read_cache(path, key, files, reading.warn) if reading.cache else None
+    images = _read_cache(path, key, files) if reading.cache else None
     if images is None:
         images = dict(zip(files, decode([*files.values()], reading.size), strict=True))
         images["digests"] = np.array([pixel_digest(part) for part in images.values()])
         if reading.cache:
-            _write_cache(path, key, images, reading.warn)
+            _write_cache(path, key, images)
     splits = {}
     for (split, members), digest in zip(found.items(), images["digests"].tolist(), strict=True):
         labels = torch.tensor([label for label, name in enumerate(classes) for _ in members[name]])
@@ -155,7 +153,7 @@ def _list_tree(root: str, reading: Reading) -> tuple[dict[str, str], dict[str, d
     if len(found.get("train", (1, 2))) < 2:
         raise UserError(f"{os.path.join(root, folders['train'])!r} holds one class folder; training needs two or more")
     if ignored := [path for path in ignored if not (tiny and path.endswith(TINY_EXTRAS))]:
-        reading.warn(what_is_left_out(ignored))
+        log.warning(f"warning: {what_is_left_out(ignored)}")
     return folders, found
 
 
@@ -381,19 +379,18 @@ def _fingerprint(root: str, files: dict[str, list[ImageFile]], size: tuple[int, 
     return hashlib.blake2b(os.fsencode("\0\0".join(lines)), digest_size=16).hexdigest()
 
 
-def _write_cache(path: str, key: str, images: dict[str, np.ndarray], warn: Callable[[str], None]) -> None:
+def _write_cache(path: str, key: str, images: dict[str, np.ndarray]) -> None:
     folder, name = os.path.split(path)
     try:
         remove_leftovers(folder, name, older_than=3600)  # a younger one may still be written
         with atomic_write(path) as file:
             np.savez(file, key=np.array(key), **images)  # type: ignore[arg-type]
     except OSError as error:
-        warn(f"{folder!r} cannot keep the decoded images ({error.strerror or error}); each start decodes anew")
+        why = error.strerror or error
+        log.warning(f"warning: {folder!r} cannot keep the decoded images ({why}); each start decodes anew")
 
 
-def _read_cache(
-    path: str, key: str, files: dict[str, list[ImageFile]], warn: Callable[[str], None]
-) -> dict[str, np.ndarray] | None:
+def _read_cache(path: str, key: str, files: dict[str, list[ImageFile]]) -> dict[str, np.ndarray] | None:
     """Images of each split and their "digests", or None where the cache is missing, of other files or damaged."""
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -410,5 +407,5 @@ def _read_cache(
     except FileNotFoundError:
         return None
     except Exception as error:  # damaged archives, too, raise nearly anything
-        warn(f"the cache {path!r} cannot be used ({one_line(error)}); the images are decoded again")
+        log.warning(f"warning: the cache {path!r} cannot be used ({one_line(error)}); the images are decoded again")
         return None

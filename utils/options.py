@@ -249,10 +249,8 @@ def load_images(args: argparse.Namespace, given: set[str], **how: Any) -> Data:
         how["labels_per_class"] = args.labels_per_class
     if args.image_size is not None:
         how["image_size"] = args.image_size
-    return load(
-        args.dataset, args.data_dir, valid_labels_per_class=args.valid_labels_per_class, seed=args.seed,
-        warn=lambda line: log.warning(f"warning: {line}"), **how,
-    )  # fmt: skip
+    aside = args.valid_labels_per_class
+    return load(args.dataset, args.data_dir, valid_labels_per_class=aside, seed=args.seed, **how)
 
 
 def method_settings(args: argparse.Namespace) -> dict[str, Any]:

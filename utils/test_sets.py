@@ -12,6 +12,7 @@ import torch
 from load_data import Data, Split
 
 from .errors import BadArguments, UserError
+from .files import log
 from .images import SPLITS, ImageFile, class_files, decode, split_folders, visible, what_is_left_out
 from .robustness import SEVERITIES
 
@@ -24,7 +25,7 @@ CLASSES_OF_ARRAYS = {"CIFAR-10-C": "66c673d653014822", "CIFAR-100-C": "77827c4c0
 Sets = Iterator[tuple[str, int, Split]]  # name, severity, images
 
 
-def open_set(path: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray], warn: Callable[[str], None]) -> Sets:
+def open_set(path: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray]) -> Sets:
     """The images of another test set, with the labels of the network's classes, at the size of ``data``: one part
     without a name and with severity 0, or one for each corruption and severity.
 
@@ -51,7 +52,7 @@ def open_set(path: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray],
     folder = path / splits.get("test", splits.get("valid", ""))
     if not folder.is_dir():
         raise BadArguments(f"there is no folder {folder}")
-    return iter([("", 0, read_tree(folder, data, warn))])
+    return iter([("", 0, read_tree(folder, data))])
 
 
 def is_corrupted(path: Path) -> bool:
@@ -123,7 +124,7 @@ def corrupted_tree(path: Path, data: Data, choose: Callable[[np.ndarray], np.nda
             folder = corruption / str(severity)
             if not folder.is_dir():
                 raise UserError(f"{folder} is missing; a corruption needs the severities 1 to {SEVERITIES}")
-            files, labels = known_files(folder, data, [])
+            files, labels, _ = known_files(folder, data, [])
             known = known or {*labels.tolist()}
             if known != {*labels.tolist()}:
                 raise UserError(f"{folder} has other classes than {path} elsewhere; unpack it again")
@@ -132,20 +133,21 @@ def corrupted_tree(path: Path, data: Data, choose: Callable[[np.ndarray], np.nda
             yield corruption.name, severity, Split(torch.from_numpy(images), torch.from_numpy(labels[chosen]))
 
 
-def read_tree(folder: Path, data: Data, warn: Callable[[str], None]) -> Split:
+def read_tree(folder: Path, data: Data) -> Split:
     """The images of the class folders that the network knows."""
     ignored: list[str] = []
-    files, labels = known_files(folder, data, ignored, warn)
+    files, labels, others = known_files(folder, data, ignored)
+    if others:
+        which = f"{len(others)} folders are no class of the network and left out, among them {others[0]!r}"
+        log.warning(f"warning: {folder}: {which}")
     if ignored:
-        warn(what_is_left_out(ignored))
+        log.warning(f"warning: {what_is_left_out(ignored)}")
     (images,) = decode([files], data.image_size)
     return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
 
-def known_files(
-    folder: Path, data: Data, ignored: list[str], warn: Callable[[str], None] = lambda line: None
-) -> tuple[list[ImageFile], np.ndarray]:
-    """The image files of the network's classes, in its order, and their labels."""
+def known_files(folder: Path, data: Data, ignored: list[str]) -> tuple[list[ImageFile], np.ndarray, list[str]]:
+    """The image files of the network's classes, in its order, their labels, and the names of other folders."""
     found = class_files(str(folder), ignored)
     known = [(label, name) for label, name in enumerate(data.classes) if name in found]
     if not known:
@@ -153,10 +155,9 @@ def known_files(
             f"{folder} holds {', '.join(sorted(found)[:3])} …, none of the network's classes "
             f"({', '.join(data.classes[:3])} …); name the folders after them"
         )
-    if unknown := sorted(found.keys() - {*data.classes}):
-        warn(f"{folder}: {len(unknown)} folders are no class of the network and left out, among them {unknown[0]!r}")
     files = [file for _, name in known for file in found[name]]
-    return files, np.array([label for label, name in known for _ in found[name]])
+    labels = np.array([label for label, name in known for _ in found[name]])
+    return files, labels, sorted(found.keys() - {*data.classes})
 
 
 def read_pair(path: Path, data: Data) -> Split:
