@@ -1051,7 +1051,7 @@ def test_the_limit_is_the_one_that_acted(
     if not root.exists():
         make_tree(root, train=12, test=1, size=(8, 8))
     chosen = {"labels_per_class": given, "valid_labels_per_class": aside}
-    assert quiet("folder", root, **chosen).limit == limit
+    assert load("folder", root, **chosen).limit == limit
 
 
 # ----------------------------------------------------------------------------------------------------- choice of images
