@@ -206,6 +206,18 @@ def test_a_tree_without_training_images_can_be_tested(tmp_path: Path, name: str)
     assert quiet("folder", tmp_path, test_only=True, image_size=(16, 24)).image_size == (16, 24)
 
 
+@pytest.mark.parametrize("inside", [".", "images"])
+def test_test_images_without_labels_beside_a_labelled_val(tmp_path: Path, inside: str) -> None:
+    make_tree(tmp_path)
+    (tmp_path / "test").rename(tmp_path / "val")
+    folder = tmp_path / "test" / inside
+    folder.mkdir(parents=True)
+    Image.fromarray(pixels()).save(folder / "0.png")
+    refused(tmp_path, f"if '{tmp_path / 'test'}' has no labels, move it away")
+    shutil.rmtree(tmp_path / "test")
+    assert len(quiet("folder", tmp_path).test) == 4
+
+
 def test_a_class_in_two_spellings_is_one_class(tmp_path: Path) -> None:
     composed, decomposed = "caf\u00e9", "cafe\u0301"
     make_tree(tmp_path, classes=(composed, "tea"))

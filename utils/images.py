@@ -145,11 +145,18 @@ def _list_tree(root: str, reading: Reading) -> tuple[dict[str, str], dict[str, d
     tiny = os.path.exists(os.path.join(val, "val_annotations.txt"))
     if tiny or "test" not in folders:
         folders["test"] = folders.pop("valid")
-    found["test"] = (_tiny_files if tiny else class_files)(os.path.join(root, folders["test"]), ignored)
+    test = os.path.join(root, folders["test"])
     if {"train", "valid"} <= folders.keys():
         found["valid"] = class_files(val, ignored)
-    for split in found.keys() - {"train"} if "train" in found else ():
-        _compare_classes(root, folders, found, split)
+        _compare_classes(root, folders, found, "valid")
+    try:
+        found["test"] = (_tiny_files if tiny else class_files)(test, ignored)
+        if "train" in found:
+            _compare_classes(root, folders, found, "test")
+    except UserError as error:
+        if "valid" not in found:
+            raise
+        raise UserError(f"{error}; if {test!r} has no labels, move it away, and {val!r} is the test set") from None
     if len(found.get("train", (1, 2))) < 2:
         raise UserError(f"{os.path.join(root, folders['train'])!r} holds one class folder; training needs two or more")
     if ignored := [path for path in ignored if not (tiny and path.endswith(TINY_EXTRAS))]:
