@@ -45,8 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(args: argparse.Namespace, given: set[str]) -> int:
     """Train, from the start or from where the run's folder stands."""
-    if distributed.must_launch(args.ngpu):
-        return distributed.launch(args.ngpu, sys.argv)
     world = distributed.join(args.ngpu, args.batch_size)
     runs.start_log(quiet=world.rank > 0)
     device = pick_device(args.ngpu)
@@ -57,7 +55,7 @@ def train(args: argparse.Namespace, given: set[str]) -> int:
     with distributed.one_first(world):  # one process of a machine decodes and caches the images
         data = options.load_images(args, given)
     folder = None if args.log_off or world.rank > 0 else Path(args.root_dir) / runs.run_name(args)
-    with runs.hold(folder, args.overwrite, args.resume) as lock:
+    with runs.hold(folder, args.overwrite, args.resume):
         resumed, origin = checkpoint.read_resume(args.resume)
         run = make_run(args, data, device, world, folder, origin)
         if distributed.from_first(runs.is_finished(run)):
@@ -69,7 +67,7 @@ def train(args: argparse.Namespace, given: set[str]) -> int:
         runs.write_config(run, vars(args))
         log.info(run.describe())
         stop.training = True
-        loop.fit(run, checkpoint.Saver(run, lock), stop)
+        loop.fit(run, checkpoint.Saver(run), stop)
         if stopped := loop.stopped(run, stop):
             where = f"epoch {run.progress.epoch}, step {run.progress.step}"
             log.info(f"stopped in {where}; the same command continues there")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from load_data import Data, Split
 from mixup import METHODS, build_method
 from models import build_model
-from tests.common import ENVIRONMENT, ROOT, SAGE, SMALL, Done, load_fixed_weights, main, rows, weights
+from tests.common import ENVIRONMENT, ROOT, SAGE, SMALL, Done, load_fixed_weights, rows, weights
 from utils import distributed, train
 from utils.device import step_generator
 from utils.distributed import World
@@ -238,24 +238,10 @@ def test_a_signal_to_one_rank_stops_all_of_them(words: list[object], whole: Path
     assert_same_end(tmp_path / whole.name, whole)
 
 
-def test_one_command_starts_a_process_for_each_gpu(words: list[object], whole: Path, tmp_path: Path) -> None:
-    """``launch`` types the command again under torchrun; here its processes use the CPU. One process alone then
-    continues the run."""
-    program = tmp_path / "launch.py"
-    program.write_text("import sys\nfrom utils import distributed\nsys.exit(distributed.launch(2, sys.argv[1:]))\n")
-    process = subprocess.Popen(
-        [sys.executable, program, "main.py", *map(str, words), "--root_dir", tmp_path],
-        cwd=ROOT, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True,
-    )  # fmt: skip
-    wait_for_an_epoch(process, tmp_path)
-    process.terminate()
-    done = finish(process)
-    assert done.returncode == 128 + signal.SIGTERM, done.stdout
-    assert "stopped in epoch" in done.stdout
-    before = rows(tmp_path / whole.name)
-    assert f"continuing in epoch {len(before)}" in main(*words, "--root_dir", tmp_path).stdout
-    assert rows(tmp_path / whole.name)[: len(before)] == before == rows(whole)[: len(before)]
+def test_several_gpus_are_torchruns_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(BadArguments, match="torchrun --nproc_per_node=4 main"):
+        distributed.join(4, 100)
 
 
 DIE = """

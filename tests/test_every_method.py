@@ -183,7 +183,7 @@ def check(step: Step, images: Tensor, labels: Tensor, num_classes: int) -> None:
 def train_shortly(run: Run) -> None:
     """Two epochs."""
     weights = {name: value.clone() for name, value in run.model.state_dict().items()}
-    train.fit(run, Saver(run, None), StopSignal())
+    train.fit(run, Saver(run), StopSignal())
     assert len(run.progress.rows) == 2
     assert all(math.isfinite(row["train_loss"]) and math.isfinite(row["test_loss"]) for row in run.progress.rows)
     assert all(value.isfinite().all() for value in run.model.state_dict().values())

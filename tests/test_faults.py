@@ -310,32 +310,6 @@ def test_two_runs_in_one_folder(words: list[object], stopped: Path, whole: Path)
     assert_same(stopped, whole)
 
 
-def test_folder_deleted_underneath(
-    words: list[object], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / whole.name
-    call_before(monkeypatch, "utils.train:step_generator", lambda: shutil.rmtree(folder, ignore_errors=True))
-    assert "was deleted" in refused(1, *words, "--root_dir", tmp_path)
-    monkeypatch.undo()
-    finish(*words, "--root_dir", tmp_path)
-    assert_same(folder, whole)
-
-
-def test_folder_deleted_and_made_again_by_another_run(
-    words: list[object], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / whole.name
-
-    def replace() -> None:
-        if not (folder / "result.json").exists():
-            folder.rename(tmp_path / "deleted")  # as a whole: the run may be adding a file at this moment
-            shutil.copytree(whole, folder)
-
-    call_before(monkeypatch, "utils.train:step_generator", replace)
-    assert "another run" in refused(1, *words, "--root_dir", tmp_path)
-    assert_same(folder, whole)
-
-
 def test_file_system_without_locks(
     words: list[object], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

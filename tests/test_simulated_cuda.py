@@ -276,7 +276,7 @@ def test_an_epoch_waits_at_its_end_alone(name: str, fast: bool, simulation: pyte
     simulation.setattr("utils.train.after_epoch", lambda *given: (ends.append(len(watch.waits)), 1 / 0))
     assert next(run.model.parameters()).device == GPU
     with Watch() as watch, pytest.raises(ZeroDivisionError):
-        fit(run, Saver(run, None), StopSignal())
+        fit(run, Saver(run), StopSignal())
     assert [len(result.logits) for result in results] == [100, 100, 50]
     assert {result.logits.dtype for result in results} == {torch.bfloat16 if fast else torch.float32}
     assert {result.loss.dtype for result in results} == {torch.float32}

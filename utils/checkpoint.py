@@ -7,19 +7,19 @@ network, about = load_network("PUBLISHED.pth.tar", arch="wrn16_8", dataset="cifa
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import io
 import os
 import pickle
 import re
-import sys
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,11 @@ from models import build_model
 from . import distributed, options
 from .errors import BadArguments, UserError
 from .files import atomic_write, link
-from .run import LOCK, Identity, Progress, Run, differences, log, refuse_another, write_metrics
+from .run import Identity, Progress, Run, differences, log, refuse_another, write_metrics
 
 LAST, PREVIOUS, BEST = "checkpoint.pth.tar", "checkpoint_previous.pth.tar", "model_best.pth.tar"
 NESTED = ("state_dict", "model_state_dict", "model", "net")  # where training loops keep weights
-PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
-# Classes of Python itself that published checkpoints hold; all other names of Python and PyTorch are refused.
-HARMLESS = ("argparse.", "datetime.", "pathlib.", "types.SimpleNamespace")
+PREFIXES = re.compile(r"^((module|_orig_mod|model|net)\.)+")  # of DataParallel, torch.compile, and Lightning modules
 
 
 class DamagedCheckpoint(UserError):
@@ -48,16 +46,11 @@ class DamagedCheckpoint(UserError):
 
 
 class Saver:
-    """Writes a run's checkpoints: the last one, the one before, and the best.
+    """Writes a run's checkpoints: the last one, the one before, and the best, whose state waits for the next save."""
 
-    The best epoch's state is kept in memory until the next save, on the devices it lives on.
-    """
-
-    def __init__(self, run: Run, held: IO | None) -> None:
-        self.run, self.held = run, held
-        self.saved = time.monotonic()
-        self.best: dict[str, Any] | None = None
-        self.best_is_new = False
+    def __init__(self, run: Run) -> None:
+        self.run, self.saved = run, time.monotonic()
+        self.best: dict[str, Any] | None = None  # not on the disk yet
 
     def is_due(self) -> bool:
         """Whether --checkpoint_minutes have passed since the last save."""
@@ -68,9 +61,10 @@ class Saver:
         return self.best is not None or self.run.folder is None or (self.run.folder / BEST).exists()
 
     def keep_best(self) -> None:
-        """Remember the run as it is for the best checkpoint."""
+        """Remember the run as it is for the best checkpoint, on the devices it lives on."""
         if self.run.folder is not None:
-            self.best, self.best_is_new = copied(state_of(self.run), self.best), True
+            self.best = None  # two copies at a time may not fit into memory
+            self.best = copy.deepcopy(state_of(self.run))
 
     def save(self) -> None:
         """Write what changed; a failing disk stops the run with one line, and the earlier checkpoints stay."""
@@ -78,18 +72,14 @@ class Saver:
         self.saved, folder = time.monotonic(), self.run.folder
         if folder is None:
             return
-        if self.held is not None and lock_is_lost(folder, self.held):
-            raise UserError(f"{folder} was deleted and made again by another run; this one stops")
         try:
-            write(state_of(self.run), folder, self.best if self.best_is_new else None)
-        except FileNotFoundError as error:
-            raise UserError(f"{folder} was deleted while the run was writing into it; this run stops") from error
+            write(state_of(self.run), folder, self.best)
         except OSError as error:
             raise UserError(
                 f"cannot write a checkpoint into {folder}: {error.strerror or error}; the earlier ones are untouched. "
                 "Make room there and give the same command again"
             ) from error
-        self.best_is_new = False
+        self.best = None
 
 
 def write(state: dict[str, Any], folder: Path, best: dict[str, Any] | None = None) -> None:
@@ -124,23 +114,11 @@ def state_of(run: Run) -> dict[str, Any]:
     }
 
 
-def copied(value: Any, into: Any) -> Any:
-    """The same with its own tensors, on their devices: those of an earlier copy, ``into``, where there is one."""
-    if isinstance(value, Tensor):
-        return into.copy_(value) if isinstance(into, Tensor) else value.detach().clone()
-    if isinstance(value, Mapping):
-        earlier = into if isinstance(into, Mapping) else {}
-        return {name: copied(one, earlier.get(name)) for name, one in value.items()}
-    return value
-
-
 def refuse_bad_weights(run: Run) -> None:
     """Raise ``UserError`` where a weight is not finite: a finite loss can still lead to such weights, and they must not
     reach a checkpoint."""
     values = [value for value in run.model.state_dict().values() if value.is_floating_point()]
-    if torch.stack([value.sum() for value in values]).isfinite().all():
-        return
-    if not all(value.isfinite().all() for value in values):  # finite values, too, may have a sum that is not
+    if not torch.stack([value.isfinite().all() for value in values]).all():
         raise not_finite(run, run.progress.step)
 
 
@@ -155,14 +133,6 @@ def cure(run: Run) -> str:
         f"({run.method.name}, learning rate {run.training.rate(run.progress.epoch):g}). Try a smaller --learning_rate, "
         "with an --add_name; the last good checkpoint is untouched"
     )
-
-
-def lock_is_lost(folder: Path, held: IO) -> bool:
-    """Whether the folder's lock is another file than the one this run holds."""
-    try:
-        return not os.path.samestat(os.stat(folder / LOCK), os.fstat(held.fileno()))
-    except OSError:
-        return False
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -182,8 +152,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint, on the CPU, by PyTorch's restricted loader: nothing in it is executed.
 
     Raises:
-        UserError: no such file, no checkpoint, or one that asks for code.
-        DamagedCheckpoint: truncated or altered.
+        UserError: no such file, or one that holds something else.
+        DamagedCheckpoint: truncated, altered, no checkpoint, or one that asks for code.
     """
     try:
         open(path, "rb").close()
@@ -214,15 +184,7 @@ def restricted_load(path: str | os.PathLike[str]) -> Any:
             unknown = re.search(r"(?:GLOBAL|Unsupported class|of type) `?([\w.]+\.\w+)", str(error))
             if unknown is None or any(name == unknown[1] for _, name in stand_ins):
                 raise
-            refuse_code(unknown[1], path)
             stand_ins.append((Inert, unknown[1]))
-
-
-def refuse_code(name: str, path: str | os.PathLike[str]) -> None:
-    """Raise ``UserError`` where a checkpoint names something of Python or PyTorch that no checkpoint needs."""
-    module = name.split(".")[0]
-    if module in {*sys.stdlib_module_names, "__builtin__", "torch"} and not name.startswith(HARMLESS):
-        raise UserError(f"checkpoint {path} is refused: it asks for {name}, which a checkpoint has no use for")
 
 
 @contextmanager
@@ -238,8 +200,8 @@ def well_formed(path: str | Path) -> Iterator[None]:
 
 
 def read_resume(path: str) -> tuple[dict[str, Any] | None, str | None]:
-    """What --resume names, if anything, and the origin it gives the run: the digest of weights to initialise from, or
-    the origin of the training state that is continued."""
+    """What --resume names, if anything, and the run's origin: the digest of the weights that it is initialised from, or
+    the origin of the training state that it continues."""
     if not path:
         return None, None
     state = load(path)
@@ -318,14 +280,11 @@ def load_last(folder: Path) -> dict[str, Any] | None:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, held: dict[str, Any]) -> None:
-    """The momentum of a checkpoint; rate, decay and the like stay this command's."""
-    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(held)
-    for group, values in zip(optimizer.param_groups, own, strict=True):
-        group.update(values)
+    """The momentum of a checkpoint, laid out as the weights are: the fused optimiser walks through both as they lie in
+    memory. Rate, decay and the like stay this command's."""
+    optimizer.load_state_dict({**held, "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, of_parameter in optimizer.state.items():
         if (momentum := of_parameter.get("momentum_buffer")) is not None:
-            # laid out as the weights are: the fused optimiser walks through both as they lie in memory
             of_parameter["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
 
 
@@ -347,7 +306,7 @@ def weights_of(state: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
     weights: Mapping[Any, Any] = state
     while inner := [weights[key] for key in NESTED if isinstance(weights.get(key), Mapping)]:
         weights = inner[0]
-    found = {bare(name): value for name, value in weights.items() if isinstance(value, Tensor)}
+    found = {PREFIXES.sub("", str(name)): value for name, value in weights.items() if isinstance(value, Tensor)}
     if not found or len(found) < len(weights):
         keys = ", ".join(str(name) for name, value in weights.items() if not isinstance(value, Tensor))
         where = ", ".join(NESTED)
@@ -355,23 +314,14 @@ def weights_of(state: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
     return found
 
 
-def bare(name: str) -> str:
-    """The name of a weight without the prefixes of wrappers, in any order."""
-    while name.startswith(PREFIXES):
-        name = name.split(".", 1)[1]
-    return name
-
-
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path, arch: str) -> None:
     """Put weights into a network of the same names and shapes; ``UserError`` where they do not fit."""
     own = model.state_dict()
     names = own.keys() | weights.keys()
-    wrong = sorted(n for n in names if n not in own or n not in weights or own[n].shape != weights[n].shape)
-    if wrong:
+    if wrong := sorted(n for n in names if n not in own or n not in weights or own[n].shape != weights[n].shape):
         raise UserError(
             f"the weights in {path} do not fit --arch {arch}: {len(wrong)} of {len(own)} are missing, unknown or of "
-            f"another shape, among them {wrong[0]}. Name the --arch, --initial_channels and --dataset they were "
-            "trained with"
+            f"another shape, among them {wrong[0]}. Name the --arch, --initial_channels and --dataset of their training"
         )
     with well_formed(path):
         model.load_state_dict(weights)
@@ -436,7 +386,8 @@ def load_network(path: str | os.PathLike[str], **given: Any) -> tuple[PixelNetwo
 
 def network_of(state: dict[str, Any], path: str, given: dict[str, Any]) -> tuple[PixelNetwork, About]:
     """``load_network`` of a checkpoint that was read already."""
-    weights, state = weights_of(state, path), of_a_run(state)
+    weights = weights_of(state, path)
+    state = of_a_run(state)
     with well_formed(path):
         about = about_of(state, weights, path, given)
         height, _ = pair(state.get("image_size") or about.image_size)
@@ -463,14 +414,12 @@ def about_of(state: dict[str, Any], weights: dict[str, Tensor], path: str, given
             f"checkpoint {path} does not say its network's {', '.join(missing)}; name what is missing (a published "
             "data set's name stands for its image size, mean and std)"
         )
-    matrices = [value for value in weights.values() if value.ndim == 2]
-    if not matrices:
-        raise ValueError("it holds no classifier")
-    if "classes" in state and len(state["classes"]) != len(matrices[-1]):
-        raise ValueError("its classes are not those of its weights")
+    classes = [len(value) for value in weights.values() if value.ndim == 2][-1:]  # the last matrix is the classifier
+    if not classes or len(state.get("classes", range(*classes))) != classes[0]:
+        raise ValueError("its weights hold no classifier of its classes")
     return About(
         arch=found["arch"],
-        num_classes=len(matrices[-1]),  # the last matrix is the classifier
+        num_classes=classes[0],
         classes=state.get("classes"),
         dataset=dataset,
         image_size=pair(found["image_size"]),

@@ -10,16 +10,12 @@ are averaged by DistributedDataParallel, every image counting alike. Rank 0 alon
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import BadArguments, UserError, stopping_signals
+from .errors import BadArguments, UserError
 
 MEETING = timedelta(minutes=5)  # torchrun starts all processes at once; one may have to import from a far disk
 
@@ -45,44 +41,20 @@ class World:
         return slice(number * self.rank // self.size, number * (self.rank + 1) // self.size)
 
 
-def must_launch(ngpu: int) -> bool:
-    """Whether this process is to start others, one a GPU, instead of training itself."""
-    return ngpu > 1 and torch.cuda.is_available() and not dist.is_torchelastic_launched()
-
-
-def launch(ngpu: int, arguments: Sequence[str]) -> int:
-    """Start a program with its ``arguments`` on ``ngpu`` GPUs of this machine, by torchrun; returns its exit code, or
-    128 + signal once every process has saved and left."""
-    if torch.cuda.is_available() and ngpu > torch.cuda.device_count():
-        raise BadArguments(f"--ngpu {ngpu}: this machine has {torch.cuda.device_count()} GPUs")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ngpu}"]
-    # saving and leaving may take longer than the 30 s after which torchrun kills; Ctrl-C reaches it through us alone
-    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600", **os.environ}
-    child = subprocess.Popen([*torchrun, *arguments], env=environment, start_new_session=True)
-    received: list[int] = []
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        received.append(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
-        child.send_signal(signal.SIGTERM)
-
-    for number in stopping_signals():
-        signal.signal(number, pass_on)
-    code = child.wait()
-    return 128 + received[0] if received and code else code
-
-
 def join(ngpu: int, batch_size: int) -> World:
     """Meet the other processes, if torchrun started this one."""
+    gpus = torch.cuda.device_count() if ngpu > 0 else 0
     if not dist.is_torchelastic_launched():
+        if ngpu > 1 and gpus:
+            raise BadArguments(f"--ngpu {ngpu} needs a process a GPU: torchrun --nproc_per_node={ngpu} main.py …")
         return World()
     world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     if batch_size % world.size:
         raise BadArguments(f"--batch_size {batch_size} does not divide over {world.size} processes")
     backend, device = "gloo", None
-    if ngpu > 0 and torch.cuda.is_available():
-        if world.local_rank >= torch.cuda.device_count():
-            count = torch.cuda.device_count()
-            raise BadArguments(f"process {world.local_rank} of this machine has no GPU: it has {count}")
+    if gpus:
+        if world.local_rank >= gpus:
+            raise BadArguments(f"process {world.local_rank} of this machine has no GPU: it has {gpus}")
         backend, device = "nccl", torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
     try:
@@ -98,9 +70,8 @@ def join(ngpu: int, batch_size: int) -> World:
 def agreed_name(store: dist.Store, world: World) -> str:
     """A name that the processes of this attempt alone know, chosen by rank 0.
 
-    torchrun keeps one store through all its restarts, with the addresses of killed processes in it (a new process that
-    reads one of them never meets the others), and the machines of a run need not count restarts alike. So every other
-    process first shows that it is alive, by a key never used before, and is answered under that key.
+    torchrun keeps one store through all its restarts, and a process that reads the address of a killed one there never
+    meets the others. So every other process shows that it is alive by a new key, and is answered under that key.
     """
     mine = uuid.uuid4().hex
     if world.rank > 0:

@@ -113,7 +113,7 @@ def make_parser() -> Parser:
 
     group = parser.add_argument_group("machine")
     add = group.add_argument
-    add("--ngpu", type=non_negative, default=1, help="0: the CPU; N: so many GPUs, or the CPU, with a warning")
+    add("--ngpu", type=non_negative, default=1, help="0: the CPU; 1: a GPU, else the CPU; more: by torchrun")
     add("--sync_bn", type=boolean, default=False, help="batch norm over all processes of a run (default: False)")
     add("--fast", type=boolean, nargs="?", const=True, default=False, help="bfloat16, compiled on a GPU (False)")
     add("--deterministic", type=boolean, default=False, help="bitwise repeatable on CUDA, slower (default: False)")
