@@ -9,9 +9,8 @@ The first image is mixed with the second; Co-Mixup mixes all three, and its most
 --lam, SAGE searches all offsets, and Puzzle Mix moves whole mask blocks. Images are cropped to the smallest height and
 width among them, rounded down to a multiple of 32.
 
-Saliency (Puzzle Mix, Co-Mixup, SAGE) is the gradient of the checkpoint's network, at the resolution it was trained at,
-for the true label of a data set's image and for the network's guess elsewhere. Without a checkpoint it is SaliencyMix's
-fine-grained map. SAGE blurs it by a pixel of that resolution, or by 1/32 of the shorter side.
+Saliency (Puzzle Mix, Co-Mixup, SAGE) is SaliencyMix's fine-grained map; with a checkpoint the size of its network's
+gradient, at the resolution it was trained at, for the true label of a data set's image and its guess elsewhere.
 
 The photographs shown when no image is named: flower.jpg (by vultilion) and china.jpg (by danielbuechele) of
 scikit-learn, both from flickr.com under CC BY 2.0, and grace_hopper.jpg of Matplotlib, a portrait by the US Navy in the
@@ -22,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,23 +32,23 @@ import torch.nn.functional as F
 from matplotlib import colormaps, rcdefaults
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import load_data
 from mixup import METHODS, build_method
 from mixup.base import Method, Mixed
-from mixup.saliency import fine_grained_saliency
+from mixup.manifold import ManifoldMixup
+from mixup.saliency import fine_grained_saliency, root_mean_square, saliency_pass
 from mixup.settings import NORMALISATION
 from models import ARCHITECTURES, build_model
-from models.mixing import MIXING_POINTS
 from utils import images, pictures
-from utils.checkpoint import PixelNetwork, load_network
+from utils.checkpoint import load_network
 from utils.errors import BadArguments, UserError, exit_code
 from utils.options import Parser, number, one_of
 
-SIDE = 32  # images are cropped to multiples of it; without a network, SAGE's blur is a pixel of images of this side
+SIDE = 32  # images are cropped to multiples of it; SAGE's blur is a pixel of images of this side
 GAP = 6  # pixels between images
 WIDTH, STRIP_TILE = 900, 112  # pixels at which the picture and an image of a strip are shown
 TEXT = 12.5  # pixels
@@ -81,6 +80,14 @@ class Shown(NamedTuple):
     steps: Sequence[Tile] = ()
 
 
+class Saliency(NamedTuple):
+    """Maps [3, H, W] of the sources, the pixels that SAGE's blur spans, and a note on where they come from."""
+
+    maps: Tensor
+    blur: float
+    note: str
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Plot; returns the exit code: 0, 1 for a failure, 2 for bad arguments."""
     parser = make_parser()
@@ -93,21 +100,17 @@ def compare(args: argparse.Namespace) -> int:
     rcdefaults()
     check(args)
     sources = read_sources(args)
-    network, origin = make_network(sources, args)
-    shown = {name: show(name, sources, network, args) for name in METHODS}
+    saliency = saliency_of(sources, args)
+    shown = {name: show(name, sources, saliency, args) for name in METHODS}
     if args.strips:
         args.strips.mkdir(parents=True, exist_ok=True)
         for name, result in shown.items():
-            if result is not None:
-                path = args.strips / f"{name}.png"
-                pictures.save(strip(sources, result), path)
-                print(path)
+            pictures.save(strip(sources, result), args.strips / f"{name}.png")
+            print(args.strips / f"{name}.png")
     else:
-        shown = {n: r if r and r.image.ndim == 3 and r.shares.max() < 1 else None for n, r in shown.items()}
-        pictures.save(rows(sources, origin, {n: r for n, r in shown.items() if r}), args.out)
+        mixed = {name: one for name, one in shown.items() if one.image.ndim == 3 and one.shares.max() < 1}
+        pictures.save(rows(sources, saliency.note, mixed), args.out)
         print(args.out)
-    if left_out := [METHODS[name].title for name, result in shown.items() if result is None]:
-        print(f"left out, having no mixed images: {', '.join(left_out)}", file=sys.stderr)
     return 0
 
 
@@ -186,77 +189,29 @@ def cropped(sides: Sequence[int]) -> list[int]:
     return [side - side % SIDE for side in sides]
 
 
-# ------------------------------------------------------------------------------------------------------------- networks
+# ------------------------------------------------------------------------------------------------------------- saliency
 
 
-class PictureNetwork(nn.Module):
-    """A network for the three sources of a picture: pixels in [0, 1] of any resolution, which are brought to the one it
-    was trained at. Its K + 3 logits are in an order of their own for each source, such that source i's class is number
-    i: every source has a class that is not another's. ``features``: mean size over channels [3, H, W] of the last mixed
-    activations, before and after.
-
-    Args:
-        network: to look through.
-        labels: [3], the sources' classes.
-        side: of the images it was trained on, in pixels; None: images stay as they are.
-        maps: [3, H, W], saliency that takes the place of the network's.
-    """
-
-    mixing_points = MIXING_POINTS
-    features: tuple[Tensor, Tensor] | None = None
-
-    def __init__(self, network: PixelNetwork, labels: Tensor, side: int | None, maps: Tensor | None = None) -> None:
-        super().__init__()
-        self.network, self.side = network, side
-        with torch.no_grad():
-            self.num_classes = network(torch.zeros(1, 3, SIDE, SIDE)).shape[1] + 3
-        self.known = maps
-        self.order = torch.arange(self.num_classes).repeat(3, 1)
-        for i, label in enumerate(labels.tolist()):
-            self.order[i, [i, label]] = self.order[i, [label, i]]
-
-    def forward(self, pixels: Tensor, mix_at: int = 0, mix: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Logits; ``mix`` is applied to the activations at ``mix_at``, as in this project's networks."""
-        pixels = at_side(pixels, self.side)
-        if mix is None:
-            logits = self.network(pixels)
-        else:
-
-            def look(activations: Tensor) -> Tensor:
-                mixed = mix(activations)
-                self.features = (activations.abs().mean(dim=1), mixed.abs().mean(dim=1))
-                return mixed
-
-            logits = self.network.model((pixels - self.network.mean) / self.network.std, mix_at, look)
-        # a network may have fewer than three classes
-        return F.pad(logits, (0, 3), value=-1e4).gather(1, self.order)
-
-
-def make_network(sources: Sources, args: argparse.Namespace) -> tuple[PictureNetwork, str]:
-    """The checkpoint's network; without one, random weights and fine-grained maps. And where saliency comes from."""
+def saliency_of(sources: Sources, args: argparse.Namespace) -> Saliency:
+    """The sources' saliency: fine-grained maps, or gradients of the checkpoint's network."""
+    shorter = min(sources.pixels.shape[2:])
     if args.checkpoint is None:
         maps = fine_grained_saliency(to_bytes(sources.pixels)).clamp(min=1).float()  # no pixel has no weight at all
-        torch.manual_seed(args.seed)
-        untrained = PixelNetwork(build_model("preactresnet18", 10), (0, 0, 0), (1, 1, 1)).eval()
-        return PictureNetwork(untrained, torch.arange(3), None, maps), "Saliency:\nfine-grained map"
+        return Saliency(maps, shorter / SIDE, "Saliency:\nfine-grained map")
     network, about = load_network(args.checkpoint, arch=args.arch, dataset=args.trained_on)
-    side = min(about.image_size)
+    scale = min(about.image_size) / shorter
+
+    def logits(pixels: Tensor) -> Tensor:
+        small = F.interpolate(pixels, scale_factor=scale, mode="bilinear", antialias=True)
+        return network(small if scale != 1 else pixels)
+
     labels = sources.labels
     if labels is None or args.dataset != about.dataset or sources.classes != (about.classes or sources.classes):
         with torch.no_grad():
-            labels = network(at_side(sources.pixels, side)).argmax(dim=1)
-    origin = f"Saliency:\ngradient of {about.arch},\ntrained on {about.dataset or 'unnamed images'}"
-    return PictureNetwork(network, labels, side), origin
-
-
-def at_side(pixels: Tensor, side: int | None) -> Tensor:
-    """[B, 3, H, W] with a shorter side of ``side``."""
-    height, width = pixels.shape[2:]
-    scale = (side or min(height, width)) / min(height, width)
-    if scale == 1:
-        return pixels
-    size = (round(height * scale), round(width * scale))
-    return F.interpolate(pixels, size, mode="bilinear", antialias=True)
+            labels = logits(sources.pixels).argmax(dim=1)
+    gradient, _ = saliency_pass(logits, sources.pixels, lambda out: F.cross_entropy(out, labels, reduction="sum"))
+    note = f"Saliency:\ngradient of {about.arch},\ntrained on {about.dataset or 'unnamed images'}"
+    return Saliency(root_mean_square(gradient), 1 / scale, note)
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
@@ -284,39 +239,44 @@ class Chosen(np.random.Generator):
         return np.roll(np.arange(x), -1)
 
 
-def show(name: str, sources: Sources, network: PictureNetwork, args: argparse.Namespace) -> Shown | None:
-    """What a method makes of the sources; None where there is nothing to be seen."""
-    blur = max(1.0, min(sources.pixels.shape[2:]) / (network.side or SIDE))
+def show(name: str, sources: Sources, saliency: Saliency, args: argparse.Namespace) -> Shown:
+    """What a method makes of the sources."""
+    blur = max(1.0, saliency.blur)
     method = build_method(
-        name, "", network.num_classes, mean=(0, 0, 0), std=(1, 1, 1), clean_lam=0.0,
+        name, "", 3, mean=(0, 0, 0), std=(1, 1, 1), clean_lam=0.0,
         rand_pos=1.0, blur_sigma=blur, kernel_size=2 * int(2 * blur) + 1, t_size=-1,
     )  # fmt: skip
-    mixed, draws = mix(method, sources.pixels, network, Chosen(args.seed, args.lam))
-    pairs = mixed.partner is not None
-    output = 0 if pairs else int(torch.special.entr(mixed.targets).sum(dim=1).argmax())
-    shares = mixed.targets[output, :3]
-    if mixed.images is not None:
-        tiles = tiles_of_pair(method, sources, mixed, args.lam) if pairs else tiles_of_all(method, mixed, draws)
-        return Shown(mixed.images[output], shares, list(tiles))
-    if network.features is None:
-        return None
-    before, after = network.features
-    return Shown(after[0], shares, [Tile("Features of a", before[0]), Tile("Features of b", before[1])])
-
-
-def mix(method: Method, pixels: Tensor, network: PictureNetwork, rng: np.random.Generator) -> tuple[Mixed, Any]:
-    """The sources mixed by a method, and its draws: the first that do not leave the batch as it is, if any do."""
-    network.features = None
-    for _ in range(20):
+    rng, pixels = Chosen(args.seed, args.lam), sources.pixels
+    if isinstance(method, ManifoldMixup):
+        return features(method, pixels, rng)
+    for _ in range(20):  # the first draws that do not leave the batch as it is, if any do
         draws = method.draw(rng, 3, *pixels.shape[2:])
-        if hasattr(draws, "mix_at"):
-            draws.mix_at = 1  # after the first stage, whose features still look like images
-        with torch.no_grad():
-            known = network.known if method.takes_saliency else None
-            mixed = method.step(network, pixels, torch.arange(3), draws, saliency=known).mixed
+        known = saliency.maps if method.takes_saliency else None
+        mixed = method.mix(None, pixels, torch.arange(3), draws, saliency=known)
         if mixed.images is not pixels:
             break
-    return mixed, draws
+    assert mixed.images is not None
+    if mixed.partner is not None:
+        return Shown(mixed.images[0], mixed.targets[0], list(tiles_of_pair(method, sources, mixed, args.lam)))
+    output = int(torch.special.entr(mixed.targets).sum(dim=1).argmax())
+    return Shown(mixed.images[output], mixed.targets[output], list(tiles_of_all(method, mixed, draws, output)))
+
+
+def features(method: ManifoldMixup, pixels: Tensor, rng: np.random.Generator) -> Shown:
+    """Manifold Mixup after the first stage of an untrained network, whose features still look like images."""
+    torch.manual_seed(0)
+    network: Any = build_model("preactresnet18", 3).eval()
+    seen: list[Tensor] = []
+    network.layer1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    network.layer2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    method.points = [network.layer1]
+    draws = method.draw(rng, 3, *pixels.shape[2:])
+    draws.mix_at = 1
+    with torch.no_grad():
+        mixed = method.step(network, pixels, torch.arange(3), draws).mixed
+    a, b, made = seen[0][0], seen[0][1], seen[1][0]
+    tiles = [Tile("Features of a", a.abs().mean(dim=0)), Tile("Features of b", b.abs().mean(dim=0))]
+    return Shown(made.abs().mean(dim=0), mixed.targets[0], tiles)
 
 
 def tiles_of_pair(method: Method, sources: Sources, mixed: Mixed, lam: float) -> Iterator[Tile]:
@@ -335,7 +295,7 @@ def tiles_of_pair(method: Method, sources: Sources, mixed: Mixed, lam: float) ->
     yield Tile("Weight of a", mask.expand(3, *mask.shape))
 
 
-def tiles_of_all(method: Method, mixed: Mixed, draws: Any) -> Iterator[Tile]:
+def tiles_of_all(method: Method, mixed: Mixed, draws: Any, output: int) -> Iterator[Tile]:
     """From three images to a mixed one, which may show any of them in any place."""
     if mixed.saliency is None:
         return
@@ -346,7 +306,6 @@ def tiles_of_all(method: Method, mixed: Mixed, draws: Any) -> Iterator[Tile]:
     colours = colours[:, :, None, None].repeat(1, 1, *maps.shape[1:])
     of_colours = method.mix(None, colours, torch.arange(3), draws, saliency=maps)
     if of_colours.images is not None and torch.equal(of_colours.targets, mixed.targets):
-        output = int(torch.special.entr(mixed.targets).sum(dim=1).argmax())
         yield Tile("Cells", of_colours.images[output], "a blue\nb orange\nc green")
 
 

@@ -68,22 +68,6 @@ def test_compare_draws_a_strip_of_each_method(tmp_path: Path) -> None:
     assert set(map(Path, done.stdout.splitlines())) == files
 
 
-def test_every_source_has_a_class_of_its_own_and_its_own_saliency() -> None:
-    """Three images that a network of two classes takes for the same: the loss of each is that of its class."""
-    from scripts.compare import PictureNetwork
-    from utils.checkpoint import PixelNetwork
-
-    torch.manual_seed(0)
-    network = PixelNetwork(build_model("preactresnet18", 2, initial_channels=2), (0.5,) * 3, (0.2,) * 3).eval()
-    pixels, labels = torch.rand(3, 3, 64, 96), torch.tensor([1, 1, 0])
-    seen = PictureNetwork(network, labels, side=32)
-    small = torch.nn.functional.interpolate(pixels, (32, 48), mode="bilinear", antialias=True)
-    assert seen.num_classes == 5
-    expected = torch.nn.functional.cross_entropy(network(small), labels, reduction="none")
-    got = torch.nn.functional.cross_entropy(seen(pixels), torch.arange(3), reduction="none")
-    torch.testing.assert_close(got, expected)
-
-
 def test_compare_takes_images_of_a_dataset(tmp_path: Path) -> None:
     run("compare.py", "--dataset", "digits", "--seed", 3, "--out", tmp_path / "digits.pdf")
     assert (tmp_path / "digits.pdf").read_bytes().startswith(b"%PDF")

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from matplotlib import rc_context, rcdefaults
+from matplotlib import rc_context, rcdefaults, rcParams
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from scipy import stats
 
@@ -29,16 +29,26 @@ MIXED, MIXED_LAST = "mixed.png", "mixed_last.png"
 PAIRS = 6  # shown in them
 # After Okabe and Ito, distinct to colour-blind readers too, in the order of the registry; yellow is darkened.
 PALETTE = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#8C6D1F", "#0072B2", "#CC79A7", "#D55E00")
+SPLITS = {"train": "#0072B2", "valid": "#009E73", "test": "#D55E00"}
 THREE = ("#0072B2", "#E69F00", "#009E73")  # of them, for pictures that do not show methods
+LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 
 
+# What every picture has in common. Names of classes and settings are text, not formulas.
+STYLE = {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "figure.constrained_layout.use": True,
+    "figure.dpi": 120, "grid.alpha": 0.25, "legend.frameon": False, "text.parse_math": False,
+}  # fmt: skip
+
+
 def attempt(draw: Callable[..., None], *args: Any) -> None:
-    """Draw a picture under matplotlib's own defaults, whatever the user's matplotlibrc says. Whatever goes wrong is one
-    warning: no picture is worth a run."""
+    """Draw a picture in this style, whatever the user's matplotlibrc says. Whatever goes wrong is one warning: no
+    picture is worth a run."""
     try:
         with rc_context(), warnings.catch_warnings():
             rcdefaults()
+            rcParams.update(STYLE)
             warnings.simplefilter("ignore")  # glyphs that the font lacks
             draw(*args)
     except Exception as error:
@@ -51,41 +61,31 @@ def plot_curves(
 ) -> None:
     """Loss and accuracy against the epoch, with the epochs at which the learning rate changes. ``mixes``: whether the
     method mixes the training images."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained", dpi=120)
+    figure = Figure(figsize=(11, 4.2))
     epochs = [row["epoch"] for row in rows]
-    marker = "o" if len(rows) < 3 else None
-    panels = figure.subplots(1, 2)
-    series: tuple[tuple[str, str, str], ...] = (
-        ("train", PALETTE[5], "--"),
-        ("valid", PALETTE[3], "-"),
-        ("test", PALETTE[7], "-"),
-    )
+    loss, accuracy = panels = figure.subplots(1, 2)
+    reached = [milestone for milestone in schedule if milestone <= epochs[-1]]
     for panel, quantity in zip(panels, ("loss", "top1"), strict=True):
-        for name, colour, style in series:
+        for name, style in (("train", "--"), ("valid", "-"), ("test", "-")):
             values = [row[f"{name}_{quantity}"] for row in rows]
             if values[-1] is not None:
                 label = "train (mixed images)" if name == "train" and mixes else name
-                panel.plot(epochs, values, style, color=colour, label=label, linewidth=1.6, marker=marker)
-        reached = [milestone for milestone in schedule if milestone <= epochs[-1]]
+                marker = "o" if len(rows) < 3 else None
+                panel.plot(epochs, values, style, color=SPLITS[name], label=label, linewidth=1.6, marker=marker)
         for milestone in reached:
             panel.axvline(milestone, color="0.75", linewidth=1, zorder=0)
         panel.xaxis.set_major_locator(whole_numbers())
         panel.set_xlabel("epoch (grey lines: the learning rate changes)" if reached else "epoch")
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("loss")
-    panels[0].set_title("train: binary cross-entropy; test: cross-entropy")
-    panels[0].set_yscale("log")
-    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panels[0].yaxis.set_major_formatter("{x:g}")
-    panels[0].yaxis.set_minor_formatter(NullFormatter())
-    panels[1].set_ylabel("top-1 accuracy [%]")
-    best = best_row(rows)
-    panels[1].set_title(
-        f"test: last {rows[-1]['test_top1']:.2f}%, best {best['test_top1']:.2f}% in epoch {best['epoch']}"
-    )
-    figure.suptitle(title, parse_math=False)
-    panels[1].legend(frameon=False)
+        panel.grid()
+    loss.set(ylabel="loss", title="train: binary cross-entropy; test: cross-entropy", yscale="log")
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter(NullFormatter())
+    best, last = best_row(rows), rows[-1]["test_top1"]
+    scores = f"test: last {last:.2f}%, best {best['test_top1']:.2f}% in epoch {best['epoch']}"
+    accuracy.set(ylabel="top-1 accuracy [%]", title=scores)
+    figure.suptitle(title)
+    accuracy.legend()
     save(figure, path)
 
 
@@ -103,13 +103,18 @@ class MixedImages:
     def __init__(self, folder: Path | None, data: Any, method: Method, epochs: int) -> None:
         self.folder, self.data, self.method, self.epochs = folder, data, method, epochs
         self.epoch = -1
-        self.path: Path | None = None
+        self.path: Path | None = None  # of the picture that this epoch is for
         self.pairs: list[dict[str, Any]] = []
 
     def collect(self, epoch: int, mixed: Mixed, images: torch.Tensor, draws: Any) -> None:
         """Keep a pair of this batch, and draw the picture once there are enough."""
         if epoch != self.epoch:
-            self.begin(epoch)
+            self.draw()
+            self.epoch = epoch
+            if self.folder is not None:
+                name = MIXED_LAST if (self.folder / MIXED).exists() else MIXED
+                wanted = name == MIXED or epoch == self.epochs - 1
+                self.path = self.folder / name if wanted and not (self.folder / name).exists() else None
         plain = self.method.name == "vanilla"
         if self.path is None or (mixed.partner is mixed.mask is None and not plain):  # this batch stayed as it was
             return
@@ -124,73 +129,42 @@ class MixedImages:
         if len(self.pairs) == PAIRS:
             self.draw()
 
-    def begin(self, epoch: int) -> None:
-        """Draw what there is of a shorter epoch, and decide which picture this epoch is for."""
-        self.draw()
-        self.epoch = epoch
-        if self.folder is not None:
-            last = epoch == self.epochs - 1
-            name = MIXED if not (self.folder / MIXED).exists() else MIXED_LAST if last else None
-            self.path = self.folder / name if name and not (self.folder / name).exists() else None
-
     def draw(self) -> None:
-        """The picture of the pairs so far."""
+        """The picture of the pairs so far, such as all of an epoch of fewer batches."""
         if self.path is not None and self.pairs:
-            title = f"{self.method.title}, epoch {self.epoch}"
-            attempt(plot_mixed, self.path, self.pairs, self.data, title)
+            attempt(plot_mixed, self.path, self.pairs, self.data, f"{self.method.title}, epoch {self.epoch}")
         self.path, self.pairs = None, []
 
 
 def plot_mixed(path: Path, pairs: Sequence[dict[str, Any]], data: Any, title: str) -> None:
-    """A pair a row: both images, both saliency maps, the mask, the mixed image, λ and the target's shares."""
+    """A pair a row: both images, both saliency maps, the mask, the mixed image; below, λ and the target's shares."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
     styles: dict[str, dict[str, Any]] = {
         "image a": {}, "image b": {}, "saliency a": {"cmap": "magma"}, "saliency b": {"cmap": "magma"},
         "mask (white: a)": {"cmap": "gray", "vmin": 0, "vmax": 1}, "mixed": {},
     }  # fmt: skip
-    columns = []
-    unmixed = all(torch.equal(pair["image a"], pair["mixed"]) for pair in pairs if "mixed" in pair)
-    shown = ["image a"] if unmixed and "image b" not in pairs[0] else [name for name in styles if name in pairs[0]]
-    for name in shown:
-        content = [pair[name].cpu() for pair in pairs]
-        if content[0].ndim == 3:
-            content = [(image * std + mean).clamp(0, 1).permute(1, 2, 0) for image in content]
-        heading = name if len(shown) > 1 else "image"
-        columns.append((heading, [picture.numpy() for picture in content], styles[name]))
-    texts = []
-    for pair in pairs:
+    names = [name for name in styles if name in pairs[0]]
+    height, width = pairs[0]["image a"].shape[1:]
+    size = 1.6 * len(names), len(pairs) * (1.6 * height / width + 0.2) + 0.5
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.1))  # room for a line of text
+    panels = figure.subplots(len(pairs), len(names), squeeze=False)
+    for pair, row in zip(pairs, panels, strict=True):
+        for name, panel in zip(names, row, strict=True):
+            picture = pair[name].cpu()
+            if picture.ndim == 3:
+                picture = (picture * std + mean).clamp(0, 1).permute(1, 2, 0)
+            panel.imshow(picture.numpy(), **styles[name])
+            panel.set(xticks=[], yticks=[])
+            panel.spines[:].set_visible(True)
         shares = sorted(((float(v), data.classes[k]) for k, v in enumerate(pair["target"]) if v > 0.005), reverse=True)
         text = " + ".join(f"{100 * value:.0f}% {label}" for value, label in shares[:3])
-        texts.append(f"λ = {float(pair['lam']):.2f}: {text}" if pair["lam"] is not None else text)
-    figure = _mosaic(columns, texts)
-    figure.suptitle(title, parse_math=False)
+        text = text if pair["lam"] is None else f"λ = {float(pair['lam']):.2f}: {text}"
+        style: dict[str, Any] = {"ha": "right", "va": "top", "fontsize": 9, "in_layout": False}
+        row[-1].text(1, -0.03, text, transform=row[-1].transAxes, **style)
+    for name, panel in zip(names, panels[0], strict=True):
+        panel.set_title(name if len(names) > 1 else "image", fontsize=11)
+    figure.suptitle(title)
     save(figure, path)
-
-
-def _mosaic(columns: Sequence[tuple[str, list[np.ndarray], dict[str, Any]]], texts: Sequence[str]) -> Figure:
-    """Pictures of one size, in columns with a name, and a text below each row.
-
-    All in one panel: to lay out one for each picture takes matplotlib about a second in all.
-    """
-    first = columns[0][1]
-    rows, high, gap = len(first), first[0].shape[0] / first[0].shape[1], 0.06  # in widths of a picture
-    step, right = high + 0.2, len(columns) * (1 + gap) - gap
-    figure = Figure(figsize=(1.6 * len(columns), 1.6 * (rows * step + 0.15)), layout="constrained")
-    panel = figure.subplots()
-    for column, (name, content, style) in enumerate(columns):
-        left = column * (1 + gap)
-        panel.text(left + 0.5, -gap, name, fontsize=11, horizontalalignment="center")
-        for row, picture in enumerate(content):
-            panel.imshow(picture, extent=(left, left + 1, row * step + high, row * step), **style)
-            panel.add_patch(Rectangle((left, row * step), 1, high, fill=False, linewidth=0.8))
-    for row, text in enumerate(texts):
-        panel.text(
-            right, row * step + high + 0.03, text, fontsize=9, parse_math=False,
-            horizontalalignment="right", verticalalignment="top", in_layout=False,
-        )  # fmt: skip
-    panel.set(xlim=(-0.01, right + 0.01), ylim=(rows * step, -0.01))
-    panel.set_axis_off()
-    return figure
 
 
 def plot_dots(path: Path, frame: pd.DataFrame) -> None:
@@ -204,20 +178,19 @@ def plot_dots(path: Path, frame: pd.DataFrame) -> None:
     means = frame.groupby("label")["final"].mean().sort_values(kind="stable")
     figure, panel = one_panel(7.2, 0.9 + 0.36 * len(means), dpi=150)
     for row, (label, mean) in enumerate(means.items()):
-        finals = frame["final"][frame["label"] == label]
-        colour = styles[label]["color"]
+        finals, colour = frame["final"][frame["label"] == label], styles[label]["color"]
         panel.scatter(finals, [row - 0.13] * len(finals), s=26, color=colour, alpha=0.55, linewidth=0)
         if len(finals) > 1:
             half = stats.t.ppf(0.975, len(finals) - 1) * stats.sem(finals)
             bar: dict[str, Any] = {"fmt": "|", "markersize": 11, "markeredgewidth": 2, "capsize": 3}
             panel.errorbar(mean, row + 0.13, xerr=half, color=colour, **bar)
-    plain = frame["final"][frame["method"] == "vanilla"].groupby(frame["label"]).mean()
+    plain = means[_plain(frame)]
     for mean in plain:
         panel.axvline(mean, color=PALETTE[0], linewidth=0.8, linestyle=":", zorder=0)
-    panel.set_yticks(range(len(means)), _counted(frame, means.index), parse_math=False)
+    panel.set_yticks(range(len(means)), _counted(frame, means.index))
     marks = f"seeds{_same_count(frame)}" + (", mean and 95% interval" if len(frame) > len(means) else "")
     panel.set_xlabel(f"test accuracy [%]: {marks}" + ("; dotted: plain training" if len(plain) else ""))
-    panel.grid(axis="x", alpha=0.25)
+    panel.grid(axis="x")
     save(figure, path)
 
 
@@ -226,31 +199,26 @@ def plot_learning_curves(path: Path, frame: pd.DataFrame) -> None:
     training and of the method that ends highest."""
     styles = _styles(frame)
     order = frame.groupby("label")["final"].mean().sort_values(ascending=False, kind="stable").index
-    plain = frame["label"][frame["method"] == "vanilla"].iloc[:1].tolist()
-    figure = Figure(figsize=(9.6, 4.2), layout="constrained", dpi=150)
+    figure = Figure(figsize=(9.6, 4.2), dpi=150)
     whole, end = figure.subplots(1, 2)
     for label, text in zip(order, _counted(frame, order), strict=True):
         curves = np.array(frame["curve"][frame["label"] == label].tolist())
         mean, epochs = curves.mean(axis=0), np.arange(1, curves.shape[1] + 1)
         last = slice(-max(1, len(epochs) // 4), None)
         whole.plot(epochs, mean, label=text, linewidth=1.1, **styles[label])
-        outstanding = label in (order[0], *plain)
+        outstanding = label in (order[0], *_plain(frame))
         end.plot(epochs[last], mean[last], linewidth=2 if outstanding else 1, **styles[label])
         if len(curves) > 1 and outstanding:
-            spread = curves.std(axis=0, ddof=1)[last]
-            colour = styles[label]["color"]
-            end.fill_between(
-                epochs[last], mean[last] - spread, mean[last] + spread, color=colour, alpha=0.15, linewidth=0
-            )
-    _legend(whole, fontsize=9, loc="lower right")
+            low, high = (mean + sign * curves.std(axis=0, ddof=1) for sign in (-1, 1))
+            end.fill_between(epochs[last], low[last], high[last], color=styles[label]["color"], alpha=0.15, linewidth=0)
+    whole.legend(fontsize=9, loc="lower right")
     several = len(frame) > len(order)
     whole.set_ylabel("test accuracy [%]" + (f", mean{_same_count(frame)}" if several else _same_count(frame)))
     end.set_title("last quarter" + ("; bands: ± standard deviation" if end.collections else ""), fontsize=10)
     for panel in (whole, end):
         panel.set_xlabel("epoch")
         panel.xaxis.set_major_locator(whole_numbers())
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid()
     save(figure, path)
 
 
@@ -258,21 +226,49 @@ def plot_cost(path: Path, frame: pd.DataFrame) -> None:
     """Final accuracy of the same frame against the time of an epoch: of plain training, where that was measured."""
     styles = _styles(frame)
     times = frame.groupby("label", sort=False)["seconds_per_epoch"].mean().dropna()
-    plain = times[times.index.isin(frame["label"][frame["method"] == "vanilla"])]
+    plain = times[times.index.isin(_plain(frame))]
     times = times / plain.iloc[0] if len(plain) else times
     figure, panel = one_panel(6.4, 4.2, dpi=150)
     for label, time in times.items():
-        finals = frame["final"][frame["label"] == label]
-        spread = finals.std() if len(finals) > 1 else 0
+        of_label = frame[frame["label"] == label]
+        spread = of_label["final"].std() if len(of_label) > 1 else None
         style = {"color": styles[label]["color"], "fillstyle": "full" if styles[label]["linestyle"] == "-" else "none"}
-        marker = MARKERS[list(METHODS).index(frame["method"][frame["label"] == label].iloc[0]) % len(MARKERS)]
-        panel.errorbar(time, finals.mean(), spread or None, fmt=marker, markersize=7, capsize=3, label=label, **style)
+        marker = MARKERS[list(METHODS).index(of_label["method"].iloc[0]) % len(MARKERS)]
+        mean = of_label["final"].mean()
+        panel.errorbar(time, mean, spread, fmt=marker, markersize=7, capsize=3, label=label, **style)
     panel.set_xlabel("time of an epoch" + (", plain training = 1" if len(plain) else " [s]"))
     several = len(frame) > frame["label"].nunique()
     panel.set_ylabel("test accuracy [%]" + (", mean ± standard deviation" if several else ""))
-    _legend(panel, fontsize=9)
-    panel.grid(alpha=0.25)
+    panel.legend(fontsize=9)
+    panel.grid()
     save(figure, path)
+
+
+def _styles(frame: pd.DataFrame) -> dict[Any, dict[str, Any]]:
+    """Colour of the method, and a line of its own for each of the method's settings."""
+    found: dict[Any, dict[str, Any]] = {}
+    for method, labels in frame.groupby("method", sort=False)["label"].unique().items():
+        colour = PALETTE[list(METHODS).index(str(method)) % len(PALETTE)]
+        for label, line in zip(labels, cycle(LINES), strict=False):
+            found[label] = {"color": colour, "linestyle": line}
+    return found
+
+
+def _plain(frame: pd.DataFrame) -> list[Any]:
+    """The labels of plain training."""
+    return frame["label"][frame["method"] == "vanilla"].unique().tolist()
+
+
+def _same_count(frame: pd.DataFrame) -> str:
+    """The number of seeds, if all methods have the same."""
+    counts = frame["label"].value_counts().unique()
+    return f" (n = {counts[0]})" if len(counts) == 1 else ""
+
+
+def _counted(frame: pd.DataFrame, labels: Iterable[Any]) -> list[str]:
+    """Names of the methods, with their numbers of seeds where these differ."""
+    counts = frame["label"].value_counts()
+    return [label if counts.nunique() == 1 else f"{label}, n = {counts[label]}" for label in labels]
 
 
 # ---------------------------------------------------------------------------------------------------- of an evaluation
@@ -284,12 +280,12 @@ def plot_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], ti
     shares = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     few = len(classes) <= 20
     figure, panel = one_panel(7, 6.2, f"{title}\ntop-1 {top1:.2f}%")
-    panel.spines[["top", "right"]].set_visible(True)
+    panel.spines[:].set_visible(True)
     scale = PowerNorm(1 if few else 0.4, 0, 100)  # of many classes, confusions would not be seen
     image = panel.imshow(shares, cmap="Blues", norm=scale)
     if few:
-        panel.set_xticks(range(len(classes)), classes, rotation=45, ha="right", parse_math=False)
-        panel.set_yticks(range(len(classes)), classes, parse_math=False)
+        panel.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+        panel.set_yticks(range(len(classes)), classes)
         _write_numbers(panel, shares, 50, 9 if len(classes) <= 12 else 6)
     panel.set(xlabel="predicted class", ylabel="true class")
     figure.colorbar(image, label="share of the true class [%]", shrink=0.8)
@@ -304,7 +300,7 @@ def plot_reliability(
     count, accuracy, sure = np.nan_to_num(np.array(bins)).T
     lefts, gap = np.linspace(0, 1, len(bins) + 1)[:-1], sure - accuracy
     style: dict[str, Any] = {"width": 1 / len(bins), "align": "edge", "edgecolor": "white", "linewidth": 0.5}
-    figure = Figure(figsize=(7, 5.6), layout="constrained", dpi=120)
+    figure = Figure(figsize=(7, 5.6))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.bar(lefts, accuracy, color=PALETTE[5], label="accuracy", **style)
     for part, bottom, colour, label in (
@@ -315,15 +311,13 @@ def plot_reliability(
             above.bar(lefts, part.clip(0), bottom=bottom, color=colour, label=label, **style)
     above.plot([0, 1], [0, 1], "--", color="0.4", linewidth=1, label="calibrated")
     above.set_ylabel("accuracy")
-    above.set_title(f"{title}\nexpected calibration error {ece:.2f}%", fontsize=9, parse_math=False)
-    _legend(above, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
+    above.set_title(f"{title}\nexpected calibration error {ece:.2f}%", fontsize=9)
+    above.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
     below.bar(lefts, 100 * count / count.sum(), color="0.6", **style)
     below.axvline(confidence / 100, color=PALETTE[7], linewidth=1.2, label=f"mean confidence {confidence:.1f}%")
     below.axvline(top1 / 100, color=PALETTE[5], linewidth=1.2, linestyle="--", label=f"accuracy {top1:.1f}%")
     below.set(xlabel="confidence", ylabel="images [%]", xlim=(0, 1))
-    _legend(below, loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
-    for panel in (above, below):
-        panel.spines[["top", "right"]].set_visible(False)
+    below.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
     save(figure, path)
 
 
@@ -336,7 +330,7 @@ def plot_corruptions(path: Path, errors: dict[str, list[float]], title: str) -> 
     _write_numbers(panel, values, 60, 9)
     panel.axvline(severities - 0.5, color="white", linewidth=4)
     panel.set_xticks(range(severities + 1), [*map(str, range(1, severities + 1)), "mean"])
-    panel.set_yticks(range(len(values)), [name.replace("_", " ") for name in errors], parse_math=False)
+    panel.set_yticks(range(len(values)), [name.replace("_", " ") for name in errors])
     panel.set_xlabel("severity")
     save(figure, path)
 
@@ -349,16 +343,16 @@ def plot_corrupted_images(path: Path, shown: dict[str, list[torch.Tensor]], titl
     mosaic = torch.cat([torch.cat(column, dim=1) for column in columns], dim=2).permute(1, 2, 0).numpy()
     rows, (height, width) = len(columns[0]), columns[0][0].shape[1:]
     size = max(8.0, 0.8 * len(shown))  # can be read at the width of a page
-    figure = Figure(figsize=(0.8 * len(shown), 0.8 * rows * height / width), dpi=120)
+    figure = Figure(figsize=(0.8 * len(shown), 0.8 * rows * height / width))
     panel = figure.add_axes((0, 0, 1, 1))
     panel.imshow(mosaic, interpolation="nearest", aspect="auto")
     names = [name.replace("_", " ") for name in shown]
     places = width * (np.arange(len(shown)) + 0.5) - 0.5
-    panel.set_xticks(places, names, fontsize=size, rotation=90, parse_math=False)
+    panel.set_xticks(places, names, fontsize=size, rotation=90)
     severities = ["clean", "1", "2", "3", "4", "5"][-rows:]
     panel.set_yticks(height * (np.arange(rows) + 0.5) - 0.5, severities, fontsize=size)
     panel.set_ylabel("severity", fontsize=size)
-    panel.set_title(title, fontsize=size, parse_math=False)
+    panel.set_title(title, fontsize=size)
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
     save(figure, path, bbox_inches="tight")  # a layout engine would cut long names
@@ -378,7 +372,7 @@ def plot_attacks(path: Path, clean: float, accuracies: dict[str, dict[float, flo
         panel.bar_label(group, fmt="%.1f", fontsize=8, padding=2)
     panel.set_xticks(range(len(sizes) + 1), ["clean", *(f"{size:g}/255" for size in sizes)])
     panel.set(ylim=(0, 108), xlabel="largest change of a pixel", ylabel="top-1 accuracy [%]")
-    figure.legend(loc="outside lower center", ncols=len(accuracies), frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(accuracies), fontsize=8)
     save(figure, path)
 
 
@@ -394,18 +388,17 @@ def plot_shifts(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
         panel.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
     names = [f"{row['name']}\n{row['images']:,} images" for row in rows]
     names = [n if row["ece"] is None else f"{n}\nECE {row['ece']:.1f}%" for n, row in zip(names, rows, strict=True)]
-    panel.set_xticks(range(len(rows)), names, fontsize=8, parse_math=False)
+    panel.set_xticks(range(len(rows)), names, fontsize=8)
     panel.set(ylim=(0, 108), ylabel="top-1 accuracy [%]")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     save(figure, path)
 
 
 def one_panel(width: float, height: float, title: str = "", dpi: int = 120) -> tuple[Figure, Any]:
-    """A figure of one panel, without a frame at the top and right."""
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=dpi)
+    """A figure of one panel."""
+    figure = Figure(figsize=(width, height), dpi=dpi)
     panel = figure.subplots()
-    panel.set_title(title, fontsize=9, parse_math=False)
-    panel.spines[["top", "right"]].set_visible(False)
+    panel.set_title(title)
     return figure, panel
 
 
@@ -415,34 +408,6 @@ def _write_numbers(panel: Any, values: np.ndarray, dark: float, size: float) -> 
         if value > 0.5:
             colour = "white" if value > dark else "black"
             panel.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=size, color=colour)
-
-
-def _styles(frame: pd.DataFrame) -> dict[Any, dict[str, Any]]:
-    """Colour of the method, and a line of its own for each of the method's settings."""
-    found: dict[Any, dict[str, Any]] = {}
-    for method, labels in frame.groupby("method", sort=False)["label"].unique().items():
-        colour = PALETTE[list(METHODS).index(str(method)) % len(PALETTE)]
-        for label, line in zip(labels, cycle(("-", "--", ":", "-.")), strict=False):
-            found[label] = {"color": colour, "linestyle": line}
-    return found
-
-
-def _same_count(frame: pd.DataFrame) -> str:
-    """The number of seeds, if all methods have the same."""
-    counts = frame["label"].value_counts().unique()
-    return f" (n = {counts[0]})" if len(counts) == 1 else ""
-
-
-def _counted(frame: pd.DataFrame, labels: Iterable[Any]) -> list[str]:
-    """Names of the methods, with their numbers of seeds where these differ."""
-    counts = frame["label"].value_counts()
-    return [label if counts.nunique() == 1 else f"{label}, n = {counts[label]}" for label in labels]
-
-
-def _legend(panel: Any, **how: Any) -> None:
-    """The legend of a panel; names of users' settings are text, not formulas."""
-    for text in panel.legend(frameon=False, **how).get_texts():
-        text.set_parse_math(False)
 
 
 def save(figure: Figure, path: Path, **how: Any) -> None:
