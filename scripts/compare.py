@@ -269,7 +269,7 @@ def features(method: ManifoldMixup, pixels: Tensor, rng: np.random.Generator) ->
     seen: list[Tensor] = []
     network.layer1.register_forward_hook(lambda module, inputs, output: seen.append(output))
     network.layer2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    method.points = [network.layer1]
+    method.points = [network.layer1]  # type: ignore[assignment]
     draws = method.draw(rng, 3, *pixels.shape[2:])
     draws.mix_at = 1
     with torch.no_grad():

@@ -36,7 +36,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 
 
 # What every picture has in common. Names of classes and settings are text, not formulas.
-STYLE = {
+STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "figure.constrained_layout.use": True,
     "figure.dpi": 120, "grid.alpha": 0.25, "legend.frameon": False, "text.parse_math": False,
 }  # fmt: skip
