@@ -175,7 +175,7 @@ def test_what_torch_saves_is_read(tmp_path: Path, zipped: bool) -> None:
 @pytest.mark.parametrize(
     "nest", [[], ["state_dict"], ["model_state_dict"], ["model"], ["net"], ["model", "state_dict"]]
 )
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "model.", "net._orig_mod."])
 def test_weights_of_other_loops_open(nest: list[str], prefix: str) -> None:
     weights: dict[str, Any] = {f"{prefix}fc.weight": torch.ones(2, 3), f"{prefix}fc.bias": torch.ones(2)}
     for name in nest:
