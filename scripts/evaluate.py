@@ -8,21 +8,20 @@ Settings that are not given are the checkpoint's; a published one (weights alone
 
 clean        top-1, top-5, cross-entropy, accuracy of each class, confusion matrix; always measured, on all images
 calibration  expected calibration error (ECE) and reliability diagram, on all images
-corruptions  top-1 error under each corruption at five severities, and their mean, not relative to another network
+corruptions  top-1 error under each corruption at five severities, its mean, not relative to another network, and the
+             mean ECE
 fgsm, pgd    top-1 accuracy under attacks on pixels in [0, 1], with the normalisation inside the network
 
---shift measures the same parts on another test set, and its accuracy's distance from that on the same classes of the
-in-distribution test set. PATH is an image tree <class>/ (or with test/ or val/ in it) of the network's classes or some
-of them; CIFAR-10.1's cifar10.1_v6_data.npy (and _labels.npy) or their folder; or corrupted images as published, on
-which clean and calibration are means over corruptions and severities.
+--shift measures the same parts on another test set, and the distance of its accuracy from that on the same classes of
+the in-distribution one. PATH is an image tree <class>/ (or with test/ or val/ in it) of the network's classes or some
+of them, or CIFAR-10.1's arrays cifar10.1_v6_data.npy and _labels.npy.
 
---corruptions_dir has the published CIFAR-10-C or CIFAR-100-C arrays or the tree of Tiny-ImageNet-C, by default
-DATA/CIFAR-10-C and so on. Labels of arrays count the classes in the order of their names. The mean is over the 15
-corruptions of the benchmark. Without such a folder corruptions are made here (utils/robustness.py).
+--corruptions_dir has the arrays of CIFAR-10-C or CIFAR-100-C or the tree of Tiny-ImageNet-C, by default DATA/CIFAR-10-C
+and so on; the mean is over the benchmark's 15 corruptions. Without it they are made here (utils/robustness.py).
 
 Each part appends a record to results.jsonl in --out: the numbers, how they were measured, the checkpoint's SHA-256 and
-the digest of the test set. Earlier records are never changed; results.md shows the newest of each. The network runs in
-float32 (TF32 on GPUs that have it). The same flags and seed give the same corrupted images and starts on every device.
+the digest of the test set; results.md shows the newest of each. The network runs in float32. The same flags and seed
+give the same corrupted images and starts on every device.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ import re
 import sys
 import textwrap
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +59,13 @@ from utils.robustness import CORRUPTIONS, SEVERITIES, calibration, corrupt, fgsm
 from utils.run import log
 from utils.train import hits
 
-PARTS = ("clean", "calibration", "corruptions", "fgsm", "pgd")
+ATTACKS = ("fgsm", "pgd")
+PARTS = ("clean", "calibration", "corruptions", *ATTACKS)
+WHAT = ("checkpoint", "sha256", "part", "set", "digest")  # together with how, what a record is of
+SAID = {  # numbers in words
+    "top1": "top-1 {:.2f}%", "top5": "top-5 {:.2f}%", "loss": "cross-entropy {:.4f}", "ece": "ECE {:.2f}%",
+    "confidence": "mean confidence {:.2f}%", "error": "mean top-1 error {:.2f}%",
+}  # fmt: skip
 FLAGS = ("dataset", "data_dir", "image_size", "arch", "initial_channels", "dropout", "ngpu")  # as main.py has them
 PUBLISHED = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C", "tiny-imagenet-200": "Tiny-ImageNet-C"}
 PICTURES = ("confusion", "reliability", "corruptions", "images", "attacks", "shift")
@@ -171,17 +177,13 @@ def evaluate(args: argparse.Namespace, given: set[str]) -> int:
     }  # fmt: skip
     job = Job(prepare(network.model, device, False).eval(), data.to(device), device, args, shared)
     arrays = find_arrays(args, data) if "corruptions" in args.parts else None
-    others = open_sets(job)
+    others = open_sets(args, data)
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         own = predicted(job, "test", data.test, data.digests["test"])
         measure(job, own, arrays=arrays)
-        for name, parts in others.items():
-            if test_sets.is_corrupted(dict(args.shift)[name]):
-                measure_corrupted(job, name, parts, own)
-            else:
-                ((_, _, split),) = parts
-                measure(job, predicted(job, name, split, split_digest(split)), own=own)
+        for name, split in others.items():
+            measure(job, predicted(job, name, split, split_digest(split)), own=own)
     finally:
         if results := newest(read_records(args.out / "results.jsonl")):
             plot_results(job, [record for record in results if record["sha256"] == sha256])
@@ -195,18 +197,16 @@ def find_arrays(args: argparse.Namespace, data: Data) -> Path | None:
     usual = Path(args.data_dir) / PUBLISHED.get(args.dataset, "")
     folder = args.corruptions_dir or (usual if args.dataset in PUBLISHED and usual.is_dir() else None)
     if folder is not None:
-        if not test_sets.is_corrupted(folder):
-            raise BadArguments(f"{folder} holds neither the labels.npy of arrays nor corruption/severity/class")
         test_sets.refuse_unknown_arrays(folder, data.classes)
     return folder
 
 
-def open_sets(job: Job) -> dict[str, test_sets.Sets]:
+def open_sets(args: argparse.Namespace, data: Data) -> dict[str, Split]:
     """The test sets of --shift by name."""
-    names = ["test", *(name for name, _ in job.args.shift)]
+    names = ["test", *(name for name, _ in args.shift)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise BadArguments(f"--shift names two sets {twice[0]!r} (test is that of --data_dir); choose another name")
-    return {name: test_sets.open_set(path, job.data, job.choose) for name, path in job.args.shift}
+    return {name: test_sets.open_set(path, data) for name, path in args.shift}
 
 
 @torch.inference_mode()
@@ -223,6 +223,11 @@ def predict(job: Job, split: Split, what: str) -> Tensor:
 def top1(logits: Tensor, labels: Tensor) -> float:
     """In %."""
     return 100 * (logits.argmax(dim=1) == labels.cpu()).double().mean().item()
+
+
+def mean_confidence(logits: Tensor) -> float:
+    """In %."""
+    return 100 * logits.double().softmax(dim=1).amax(dim=1).mean().item()
 
 
 def predicted(job: Job, name: str, split: Split, digest: str) -> TestSet:
@@ -246,7 +251,7 @@ def measure(job: Job, on: TestSet, own: TestSet | None = None, arrays: Path | No
         calibrate(job, on)
     if "corruptions" in job.args.parts:
         corruptions(job, on, arrays)
-    for part in ("fgsm", "pgd"):
+    for part in ATTACKS:
         if part in job.args.parts:
             attack(job, on, part)
 
@@ -277,7 +282,7 @@ def own_top1(own: TestSet, labels: Tensor) -> float:
 def calibrate(job: Job, on: TestSet) -> None:
     """Expected calibration error in %, and the reliability diagram."""
     error, bins = calibration(on.logits, on.split.labels, job.args.bins)
-    confidence = 100 * on.logits.double().softmax(dim=1).amax(dim=1).mean().item()
+    confidence = mean_confidence(on.logits)
     rows = [(n, 100 * accuracy, 100 * sure) if n else (0, None, None) for n, accuracy, sure in bins]
     how, numbers = size_of(on.split) | {"bins": job.args.bins}, {"ece": 100 * error, "confidence": confidence}
     job.keep("calibration", on.name, on.digest, how, numbers, bin_images_accuracy_confidence=rows)
@@ -286,29 +291,31 @@ def calibrate(job: Job, on: TestSet) -> None:
 
 
 def corruptions(job: Job, on: TestSet, arrays: Path | None) -> None:
-    """Top-1 error in % under every corruption and severity, and the mean over both."""
+    """Top-1 error in % under every corruption and severity; its mean over both, and that of the calibration error."""
     sets = test_sets.corrupted_sets(arrays, job.data, job.choose) if arrays else made_here(job, on.chosen)
-    place = best_seen(on.chosen.images)
-    found: dict[str, list[float]] = {}
-    shown: dict[str, list[Tensor]] = {}
+    errors: dict[str, list[float]] = defaultdict(list)
+    calibrations: dict[str, list[float]] = defaultdict(list)
+    shown: dict[str, list[Tensor]] = defaultdict(list if arrays else lambda: [on.chosen.images[0]])
     hashed = hashlib.sha256()
     for name, severity, split in sets:
         logits = predict(job, split, f"{on.name} {name} {severity}")
-        found.setdefault(name, []).append(100 - top1(logits, split.labels))
-        shown.setdefault(name, [] if arrays else [on.chosen.images[place]]).append(split.images[place % len(split)])
+        errors[name].append(100 - top1(logits, split.labels))
+        calibrations[name].append(100 * calibration(logits, split.labels, job.args.bins)[0])
+        shown[name].append(split.images[0])
         hashed.update(f"{name} {severity} {split_digest(split)}".encode())
-    counted, source = found, "made here"
+    counted, source = list(errors), "made here"
     if arrays:
-        known = {name: row for name, row in found.items() if name in test_sets.BENCHMARK}
-        counted, source = known or found, "published images"
+        known = [name for name in errors if name in test_sets.BENCHMARK]
+        counted, source = known or counted, "published images"
         if len(known) < len(test_sets.BENCHMARK):
             source += f", {len(known)} of the benchmark's {len(test_sets.BENCHMARK)} corruptions"
-    mean = float(np.mean(list(counted.values())))
+    mean, ece = (float(np.mean([rows[name] for name in counted])) for rows in (errors, calibrations))
     how = size_of(split) | {"seed": job.args.seed, "source": source}
     how |= {"source_digest": hashed.hexdigest()[:8]} if arrays else {}  # images made here follow from those of the set
-    job.keep("corruptions", on.name, on.digest, how, {"error": mean, "errors": found}, folder=str(arrays or ""))
+    numbers = {"error": mean, "ece": ece, "errors": dict(errors)}
+    job.keep("corruptions", on.name, on.digest, how, numbers, folder=str(arrays or ""))
     title = job.title(f"top-1 error [%] ({source}), mean of {len(counted)} corruptions {mean:.1f}")
-    pictures.attempt(pictures.plot_corruptions, job.picture(on.name, "corruptions"), found, title)
+    pictures.attempt(pictures.plot_corruptions, job.picture(on.name, "corruptions"), errors, title)
     pictures.attempt(pictures.plot_corrupted_images, job.picture(on.name, "images"), shown, f"corruptions {source}")
 
 
@@ -317,13 +324,6 @@ def made_here(job: Job, few: Split) -> test_sets.Sets:
     for name in CORRUPTIONS:
         for severity in range(1, SEVERITIES + 1):
             yield name, severity, Split(corrupt(few.images, name, severity, job.args.seed), few.labels)
-
-
-def best_seen(images: Tensor) -> int:
-    """The image that shows most of what a corruption does: colourful, neither dark nor bright."""
-    pixels = images.float()
-    colour = (pixels.amax(dim=1) - pixels.amin(dim=1)).mean(dim=(1, 2))
-    return int((colour - 2 * (pixels.mean(dim=(1, 2, 3)) - 127.5).abs()).argmax())
 
 
 def attack(job: Job, on: TestSet, part: str) -> None:
@@ -352,32 +352,6 @@ def attack(job: Job, on: TestSet, part: str) -> None:
     job.keep(part, on.name, on.digest, how, numbers, clean_top1=on.chosen_top1)
 
 
-def measure_corrupted(job: Job, name: str, parts: test_sets.Sets, own: TestSet) -> None:
-    """Accuracy and calibration error in % on corrupted images as published: means over the benchmark's corruptions and
-    their severities; and the drop from ``own`` on the same classes."""
-    found: dict[str, list[list[float]]] = {}
-    hashed, images, classes = hashlib.sha256(), 0, torch.zeros(len(job.data.classes), dtype=torch.bool)
-    for corruption, severity, split in parts:
-        logits = predict(job, split, f"{name} {corruption} {severity}")
-        error, _ = calibration(logits, split.labels, job.args.bins)
-        confidence = logits.double().softmax(dim=1).amax(dim=1).mean().item()
-        row = [top1(logits, split.labels), 100 * error, 100 * confidence]
-        found.setdefault(corruption, []).append(row)
-        hashed.update(f"{corruption} {severity} {split_digest(split)}".encode())
-        images += len(split)
-        classes[split.labels] = True
-    counted = {key: rows for key, rows in found.items() if key in test_sets.BENCHMARK} or found
-    accuracy, ece, confidence = np.mean([row for rows in counted.values() for row in rows], axis=0).tolist()
-    how = {"images": images, "classes": int(classes.sum()), "corruptions": len(counted), "source": "published images"}
-    how |= {"seed": job.args.seed} if job.args.images else {}
-    numbers = {"top1": accuracy, "drop": own_top1(own, classes.nonzero()[:, 0]) - accuracy}
-    digest = hashed.hexdigest()[:32]
-    each = {key: [row[0] for row in rows] for key, rows in found.items()}
-    job.keep("clean", name, digest, how, numbers, top1_of_each=each)
-    if "calibration" in job.args.parts:
-        job.keep("calibration", name, digest, how | {"bins": job.args.bins}, {"ece": ece, "confidence": confidence})
-
-
 def picture_name(checkpoint_name: str, name: str, part: str) -> str:
     """Such as checkpoint_confusion.png, or checkpoint_C_confusion.png for the test set C."""
     stem = re.sub(r"(\.(pth|pt|tar|ckpt))+$", "", checkpoint_name)
@@ -390,8 +364,8 @@ def newest(records: Iterable[Record]) -> list[Record]:
     found: dict[str, Record] = {}
     for record in records:
         how = {name: value for name, value in record["how"].items() if name != "eps"}
-        key = json.dumps([record[name] for name in ("sha256", "part", "set", "digest")] + [how], sort_keys=True)
-        if (earlier := found.pop(key, None)) and record["part"] in ("fgsm", "pgd"):
+        key = json.dumps([how, *(record[name] for name in WHAT)], sort_keys=True)
+        if (earlier := found.pop(key, None)) and record["part"] in ATTACKS:
             record = record | {"numbers": earlier["numbers"] | record["numbers"]}
         found[key] = record
     last = {record["checkpoint"]: record["sha256"] for record in found.values()}
@@ -400,20 +374,14 @@ def newest(records: Iterable[Record]) -> list[Record]:
 
 def text_of(record: Record) -> str:
     """What a record says, and how it was measured, in a line."""
-    numbers, how, part = record["numbers"], record["how"], record["part"]
-    if part == "clean":
-        named = {"top1": "top-1 {:.2f}%", "top5": "top-5 {:.2f}%", "loss": "cross-entropy {:.4f}"}
-        words = [text.format(numbers[name]) for name, text in named.items() if name in numbers]
-        if "drop" in numbers:
-            side = "below" if numbers["drop"] > -0.005 else "above"
-            words.append(f"{abs(numbers['drop']):.2f} points {side} the in-distribution test set")
-    elif part == "calibration":
-        words = [f"ECE {numbers['ece']:.2f}%, mean confidence {numbers['confidence']:.2f}%"]
-    elif part == "corruptions":
-        words = [f"mean top-1 error {numbers['error']:.2f}%"]
-    else:
-        words = [f"{value:.2f}% at {size}/255" for size, value in sorted(numbers.items(), key=lambda of: float(of[0]))]
-        words = [f"top-1 {', '.join(words)}, {record['detail']['clean_top1']:.2f}% without attack"]
+    numbers, how = dict(record["numbers"]), record["how"]
+    words = [text.format(numbers[name]) for name, text in SAID.items() if name in numbers]
+    if "drop" in numbers:
+        side = "below" if numbers["drop"] > -0.005 else "above"
+        words.append(f"{abs(numbers['drop']):.2f} points {side} the in-distribution test set")
+    if record["part"] in ATTACKS:
+        sizes = [f"{numbers[size]:.2f}% at {size}/255" for size in sorted(numbers, key=float)]
+        words = [f"top-1 {', '.join(sizes)}, {record['detail']['clean_top1']:.2f}% without attack"]
     others = {name: value for name, value in how.items() if name not in ("images", "eps") and value is not None}
     measured = [f"{how['images']:,} images", *(f"{name.replace('_', ' ')} {value}" for name, value in others.items())]
     return f"{', '.join(words)} ({', '.join(measured)})"
@@ -423,36 +391,33 @@ def write_markdown(folder: Path, records: Sequence[Record]) -> None:
     """results.md: a chapter a checkpoint, the newest first, and in it a section a test set."""
     paragraphs = []
     for name in dict.fromkeys(record["checkpoint"] for record in reversed(records)):
-        chapter = [record for record in records if record["checkpoint"] == name]
-        last = chapter[-1]
-        paragraphs.append(f"# {name}\n\nEpochs: {last['epoch'] or 'unknown'}. SHA-256: `{last['sha256']}`")
+        chapter = sorted((of for of in records if of["checkpoint"] == name), key=lambda of: PARTS.index(of["part"]))
+        first = chapter[0]
+        paragraphs.append(f"# {name}\n\nEpochs: {first['epoch'] or 'unknown'}. SHA-256: `{first['sha256']}`")
         for other in sorted({record["set"] for record in chapter}, key=lambda other: (other != "test", other)):
             paragraphs.append(f"## {other}")
-            for record in sorted(chapter, key=lambda record: PARTS.index(record["part"])):
-                if record["set"] == other:
-                    paragraphs += paragraphs_of(record)
+            for record in [record for record in chapter if record["set"] == other]:
+                paragraphs.append(f"**{record['part']}**, {record['date'][:10]}: {text_of(record)}")
+                if "errors" in record["numbers"]:
+                    paragraphs.append(table_of(record["numbers"]["errors"]))
             files = [folder / picture_name(name, other, part) for part in PICTURES]
             paragraphs += [f"![{file.stem}]({file.name.replace(' ', '%20')})" for file in files if file.exists()]
     with atomic_write(folder / "results.md", "w") as file:
         file.write("\n\n".join(paragraphs) + "\n")
 
 
-def paragraphs_of(record: Record) -> list[str]:
-    """What a record says, with a table of its corruptions."""
-    line = f"**{record['part']}**, {record['date'][:10]}: {text_of(record)}"
-    if "errors" not in record["numbers"]:
-        return [line]
+def table_of(errors: dict[str, list[float]]) -> str:
+    """Errors of each corruption by severity, and their mean."""
     lines = ["| corruption | 1 | 2 | 3 | 4 | 5 | mean |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
-    for name, errors_of_name in record["numbers"]["errors"].items():
-        cells = [f"{error:.2f}" for error in (*errors_of_name, np.mean(errors_of_name))]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return [line, "\n".join(lines)]
+    for name, row in errors.items():
+        lines.append(f"| {name} | {' | '.join(f'{error:.2f}' for error in (*row, np.mean(row)))} |")
+    return "\n".join(lines)
 
 
 def plot_results(job: Job, records: Sequence[Record]) -> None:
     """Pictures of several records: attacks on each test set, and accuracy on all of them."""
     for name in {record["set"] for record in records}:
-        attacks = [record for record in records if record["set"] == name and record["part"] in ("fgsm", "pgd")]
+        attacks = [record for record in records if record["set"] == name and record["part"] in ATTACKS]
         shown: dict[str, dict[float, float]] = {}
         for record in attacks:
             how = record["how"]

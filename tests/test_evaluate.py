@@ -27,7 +27,7 @@ from utils import options, tables
 from utils.errors import BadArguments
 from utils.files import read_records
 from utils.robustness import CORRUPTIONS, calibration, corrupt, fgsm, pgd
-from utils.test_sets import CIFAR10, CLASSES_OF_ARRAYS, corrupted_sets, digest_of, open_set
+from utils.test_sets import CIFAR10, CLASSES_OF_ARRAYS, corrupted_sets, digest_of, open_set, refuse_unknown_arrays
 
 CIFAR100 = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
@@ -489,16 +489,13 @@ def test_published_arrays_are_read_where_they_are(
 
 
 def test_arrays_of_other_classes_are_refused(words: list[object], tmp_path: Path) -> None:
-    """Their labels name no classes: before anything is measured, whether named by itself or as another test set."""
+    """Their labels name no classes: before anything is measured."""
     published_arrays(tmp_path / "arrays", ["fog"], np.arange(12, dtype=np.uint8) % 3)
-    for flags in (
-        ["--parts", "corruptions", "--corruptions_dir", tmp_path / "arrays"],
-        ["--shift", f"C={tmp_path}/arrays"],
-    ):
-        error = refused(*words, *flags, "--out", tmp_path / "out", code=2)
-        assert "name no classes" in error
-        assert "blue, green, red" in error
-        assert not (tmp_path / "out").exists()
+    flags = ["--parts", "corruptions", "--corruptions_dir", tmp_path / "arrays", "--out", tmp_path / "out"]
+    error = refused(*words, *flags, code=2)
+    assert "name no classes" in error
+    assert "blue, green, red" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_arrays_go_with_the_classes_of_cifar_alone(tmp_path: Path) -> None:
@@ -509,7 +506,7 @@ def test_arrays_go_with_the_classes_of_cifar_alone(tmp_path: Path) -> None:
     assert [name for name, _, _ in found] == ["fog"] * 5
     for classes in (digits.classes, CIFAR10[::-1], CIFAR10[:9]):
         with pytest.raises(BadArguments, match="CIFAR-10-C or CIFAR-100-C"):
-            corrupted_sets(tmp_path / "arrays", replace(digits, classes=classes), np.flatnonzero)
+            refuse_unknown_arrays(tmp_path / "arrays", classes)
     assert digest_of(sorted(CIFAR100.split())) == CLASSES_OF_ARRAYS["CIFAR-100-C"]  # as its labels count them
 
 
@@ -597,8 +594,20 @@ def other_sets(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_a_corrupted_tree_is_measured(words: list[object], result: Records, other_sets: Path, tmp_path: Path) -> None:
+    """Black images are all one class; the benchmark has fog alone."""
+    more = ["--parts", "corruptions", "--corruptions_dir", other_sets / "corrupted", "--out", tmp_path]
+    found = evaluate(*words, *more)["corruptions", "test"]
+    error = 100 - result["clean", "test"]["numbers"]["top1"]
+    row = pytest.approx([error] * 2 + [100 - 100 / 3] * 3)
+    assert found["numbers"]["errors"] == {"fog": row, "saturate": row}
+    assert found["numbers"]["error"] == pytest.approx((2 * error + 200) / 5)
+    assert found["how"]["images"] == 24
+    assert (tmp_path / "results.md").read_text().count("ECE") == 1
+
+
 def test_other_test_sets(words: list[object], images: Path, other_sets: Path, tmp_path: Path) -> None:
-    named = {name: other_sets / name for name in ("some", "arrays", "corrupted")} | {"all": images}
+    named = {name: other_sets / name for name in ("some", "arrays")} | {"all": images}
     shifts = [word for name, path in named.items() for word in ("--shift", f"{name}={path}")]
     found = evaluate(*words, *shifts, "--parts", "calibration", "fgsm", "--eps", 2, "--out", tmp_path)
     clean = found["clean", "test"]
@@ -614,17 +623,8 @@ def test_other_test_sets(words: list[object], images: Path, other_sets: Path, tm
     assert some["how"] == {"images": 16, "classes": 2}
     assert some["numbers"]["top1"] == pytest.approx(100 * right / 16)
     assert some["numbers"]["drop"] == pytest.approx(0)
-    # corrupted: the mean over severities of the benchmark's corruptions, here fog; black images are all one class
-    corrupted, top1 = found["clean", "corrupted"], clean["numbers"]["top1"]
-    each = corrupted["detail"]["top1_of_each"]
-    assert each["fog"] == each["saturate"] == pytest.approx([top1] * 2 + [100 / 3] * 3)
-    assert corrupted["how"] == {"images": 240, "classes": 3, "corruptions": 1, "source": "published images"}
-    mean = (2 * top1 + 100) / 5
-    assert corrupted["numbers"] == pytest.approx({"top1": mean, "drop": top1 - mean})
-    assert ("calibration", "corrupted") in found
-    assert ("fgsm", "corrupted") not in found
     text = (tmp_path / "results.md").read_text()
-    assert re.findall("^## (.*)", text, re.MULTILINE) == ["test", "all", "arrays", "corrupted", "some"]
+    assert re.findall("^## (.*)", text, re.MULTILINE) == ["test", "all", "arrays", "some"]
     assert "0.00 points below the in-distribution test set" in text
     with Image.open(tmp_path / "checkpoint_shift.png") as picture:
         assert min(picture.size) > 200
@@ -645,24 +645,23 @@ def test_classes_may_be_named_after_numbers(tmp_path: Path) -> None:
         for folder in (tmp_path / "digits" / "test" / name, tmp_path / "digits" / "train" / name):
             folder.mkdir(parents=True)
             Image.new("RGB", (32, 32)).save(folder / "0.png")
-    ((name, severity, split),) = open_set(tmp_path / "digits", data, lambda labels: np.arange(len(labels)))
-    assert (name, severity, split.labels.tolist()) == ("", 0, [0, 1, 2, 3])
+    assert open_set(tmp_path / "digits", data).labels.tolist() == [0, 1, 2, 3]
     for severity in range(1, 6):
         shutil.copytree(tmp_path / "digits" / "test", tmp_path / "corrupted" / "fog" / str(severity))
     (tmp_path / "corrupted" / "fog" / ".DS_Store").write_bytes(b"")
     (tmp_path / "corrupted" / "fog" / ".cache").mkdir()
-    found = list(open_set(tmp_path / "corrupted", data, lambda labels: np.arange(len(labels))))
+    found = list(corrupted_sets(tmp_path / "corrupted", data, lambda labels: np.arange(len(labels))))
     assert [(name, severity) for name, severity, _ in found] == [("fog", severity) for severity in range(1, 6)]
 
 
-def test_published_arrays_may_be_another_test_set(tmp_path: Path) -> None:
+def test_published_arrays_are_cut_by_severity(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     labels = np.tile(np.arange(10), 10).astype(np.uint8)  # 20 images, five severities
     images = rng.integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
     for name, array in (("labels", labels), ("fog", images), ("snow", images[::-1])):
         np.save(tmp_path / f"{name}.npy", array)
     data: Any = SimpleNamespace(classes=CIFAR10, image_size=(32, 32))
-    found = list(open_set(tmp_path, data, lambda labels: np.flatnonzero(labels < 2)))
+    found = list(corrupted_sets(tmp_path, data, lambda labels: np.flatnonzero(labels < 2)))
     assert [(name, severity) for name, severity, _ in found] == [(n, s) for n in ("fog", "snow") for s in range(1, 6)]
     for i, (_, _, split) in enumerate(found[:5]):
         assert split.labels.tolist() == [0, 1, 0, 1]
@@ -694,7 +693,7 @@ def test_other_test_sets_that_do_not_fit_are_refused(words: list[object], other_
         (2, f"x={tmp_path / 'fifo'}", "there is no file"),
         (1, f"x={tmp_path / 'broken'}", "x_labels.npy cannot be read"),
         (1, f"x={tmp_path / 'few_data.npy'}", "not those of 3 classes"),
-        (1, f"x={tmp_path / 'partial'}", "needs the severities 1 to 5"),
+        (2, f"x={tmp_path / 'partial'}", "name them by --corruptions_dir"),
     ):
         out = ["--parts", "clean", "--shift", shift, "--out", tmp_path / "out"]
         assert message in refused(*words, *out, code=code), shift

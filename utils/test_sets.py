@@ -25,34 +25,30 @@ CLASSES_OF_ARRAYS = {"CIFAR-10-C": "66c673d653014822", "CIFAR-100-C": "77827c4c0
 Sets = Iterator[tuple[str, int, Split]]  # name, severity, images
 
 
-def open_set(path: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray]) -> Sets:
-    """The images of another test set, with the labels of the network's classes, at the size of ``data``: one part
-    without a name and with severity 0, or one for each corruption and severity.
+def open_set(path: Path, data: Data) -> Split:
+    """The images of another test set, with the labels of the network's classes, at the size of ``data``.
 
     Args:
         path: an image tree ``<class>/``, or with ``test/`` or ``val/`` in it, which has the classes of ``data`` or some
             of them; a folder with ``…_data.npy`` (uint8 [N, H, W, 3]) and ``…_labels.npy`` (integers [N]), or that
-            first file; corrupted images as published, arrays or a tree ``<corruption>/<severity>/<class>/``.
-        choose: from labels [N] to the indices that are measured, of a corrupted set.
+            first file.
 
     Raises:
         BadArguments: there is no such set of these classes.
         UserError: a damaged file.
     """
     if is_corrupted(path):
-        for corruption in corruptions_below(path)[:1]:  # before anything is measured
-            known_files(next(corruption / name for name in ("1", "5") if (corruption / name).is_dir()), data, [])
-        return corrupted_sets(path, data, choose)
+        raise BadArguments(f"{path} holds corrupted images: name them by --corruptions_dir")
     pairs = [path] if path.name.endswith("_data.npy") else arrays_in(path, "_data.npy")
     if len(pairs) > 1:
         raise BadArguments(f"{path} holds several sets ({', '.join(pair.name for pair in pairs)}); name one file")
     if pairs:
-        return iter([("", 0, read_pair(pairs[0], data))])
+        return read_pair(pairs[0], data)
     splits = split_folders(str(path))
     folder = path / splits.get("test", splits.get("valid", ""))
     if not folder.is_dir():
         raise BadArguments(f"there is no folder {folder}")
-    return iter([("", 0, read_tree(folder, data))])
+    return read_tree(folder, data)
 
 
 def is_corrupted(path: Path) -> bool:
@@ -75,8 +71,8 @@ def arrays_in(folder: Path, ending: str = ".npy") -> list[Path]:
 
 
 def corrupted_sets(path: Path, data: Data, choose: Callable[[np.ndarray], np.ndarray]) -> Sets:
-    """Name, severity and images of every corruption as published."""
-    refuse_unknown_arrays(path, data.classes)
+    """Name, severity and images of every corruption as published, arrays or a tree <corruption>/<severity>/<class>/.
+    ``choose``: from labels [N] to the indices that are measured."""
     return (corrupted_arrays if (path / "labels.npy").exists() else corrupted_tree)(path, data, choose)
 
 
@@ -86,13 +82,14 @@ def digest_of(classes: list[str]) -> str:
 
 
 def refuse_unknown_arrays(path: Path, classes: list[str]) -> None:
-    """Raise ``BadArguments`` where corrupted images are arrays, whose labels are numbers, and the network's classes are
-    not those of the published ones."""
+    """Raise ``BadArguments`` where there are no corrupted images, or arrays, whose labels are numbers, and the
+    network's classes are not those of the published ones."""
+    if not is_corrupted(path):
+        raise BadArguments(f"{path} holds neither the labels.npy of arrays nor corruption/severity/class")
     if (path / "labels.npy").exists() and digest_of(classes) not in CLASSES_OF_ARRAYS.values():
         raise BadArguments(
             f"{path} holds arrays, whose labels name no classes: they are taken for {' or '.join(CLASSES_OF_ARRAYS)}, "
-            f"and the network's classes, {', '.join(classes[:3])} …, are of neither; use a tree "
-            "<corruption>/<severity>/<class>/"
+            f"and the network's classes, {', '.join(classes[:3])} …, are of neither; use a tree"
         )
 
 
