@@ -225,11 +225,6 @@ def top1(logits: Tensor, labels: Tensor) -> float:
     return 100 * (logits.argmax(dim=1) == labels.cpu()).double().mean().item()
 
 
-def mean_confidence(logits: Tensor) -> float:
-    """In %."""
-    return 100 * logits.double().softmax(dim=1).amax(dim=1).mean().item()
-
-
 def predicted(job: Job, name: str, split: Split, digest: str) -> TestSet:
     """A test set after the clean pass."""
     split = Split(split.images.cpu(), split.labels.cpu())
@@ -282,7 +277,7 @@ def own_top1(own: TestSet, labels: Tensor) -> float:
 def calibrate(job: Job, on: TestSet) -> None:
     """Expected calibration error in %, and the reliability diagram."""
     error, bins = calibration(on.logits, on.split.labels, job.args.bins)
-    confidence = mean_confidence(on.logits)
+    confidence = 100 * on.logits.double().softmax(dim=1).amax(dim=1).mean().item()
     rows = [(n, 100 * accuracy, 100 * sure) if n else (0, None, None) for n, accuracy, sure in bins]
     how, numbers = size_of(on.split) | {"bins": job.args.bins}, {"ece": 100 * error, "confidence": confidence}
     job.keep("calibration", on.name, on.digest, how, numbers, bin_images_accuracy_confidence=rows)
