@@ -372,6 +372,7 @@ def plot_search(path: Path, result: dict[str, Any], about: dict[str, Any]) -> No
     sizes = sorted({pixels for line in result["pixels"].values() for pixels in line["ms_per_pair"]})
     axes.set_xticks(sizes, [f"{math.isqrt(n)}×{math.isqrt(n)}" for n in sizes])
     axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("image [pixels]")
     axes.set_ylabel("search of one pair [ms]")
     axes.grid(alpha=0.25)

@@ -47,7 +47,7 @@ def _quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def without_pictures(set_to: Callable[..., None] = setattr) -> None:
     set_to(pictures, "plot_curves", lambda path, *rest: path.write_bytes(b""))
-    set_to(pictures, "plot_mixed", lambda path, pairs, data, title: path.write_text(title))
+    set_to(pictures, "plot_images", lambda path, columns, texts, title: path.write_text(title))
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +277,7 @@ def test_files_that_cannot_grow(words: list[object], tmp_path: Path, whole: Path
 
 
 @pytest.mark.parametrize(
-    "name", ["utils.pictures:plot_curves", "utils.pictures:plot_mixed", "utils.train:write_metrics"]
+    "name", ["utils.pictures:plot_curves", "utils.pictures:plot_images", "utils.train:write_metrics"]
 )
 def test_a_lost_picture_or_record_stops_nothing(
     words: list[object], stopped: Path, whole: Path, name: str, monkeypatch: pytest.MonkeyPatch

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from itertools import cycle
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from matplotlib import rc_context, rcdefaults, rcParams
+from matplotlib import colormaps, rc_context, rcdefaults, rcParams
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator
 from scipy import stats
 
 from mixup import METHODS
@@ -29,26 +26,26 @@ MIXED, MIXED_LAST = "mixed.png", "mixed_last.png"
 PAIRS = 6  # shown in them
 # After Okabe and Ito, distinct to colour-blind readers too, in the order of the registry; yellow is darkened.
 PALETTE = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#8C6D1F", "#0072B2", "#CC79A7", "#D55E00")
-SPLITS = {"train": "#0072B2", "valid": "#009E73", "test": "#D55E00"}
-THREE = ("#0072B2", "#E69F00", "#009E73")  # of them, for pictures that do not show methods
-LINES = ("-", "--", ":", "-.")
+BLUE, GREEN, RED, GREY = PALETTE[5], PALETTE[3], PALETTE[7], "0.6"
+THREE = (BLUE, "#E69F00", GREEN)  # for pictures that do not show methods
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
-
-
-# What every picture has in common. Names of classes and settings are text, not formulas.
-STYLE: Any = {
-    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "figure.constrained_layout.use": True,
-    "figure.dpi": 120, "grid.alpha": 0.25, "legend.frameon": False, "text.parse_math": False,
+STYLE: dict[Any, Any] = {
+    "figure.dpi": 150, "font.size": 9, "axes.titlesize": "medium", "grid.alpha": 0.25, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False,  # names are no formulas
 }  # fmt: skip
 
 
+def use_style() -> None:
+    """From now on plot in this project's style, whatever the user's matplotlibrc says."""
+    rcdefaults()
+    rcParams.update(STYLE)
+
+
 def attempt(draw: Callable[..., None], *args: Any) -> None:
-    """Draw a picture in this style, whatever the user's matplotlibrc says. Whatever goes wrong is one warning: no
-    picture is worth a run."""
+    """Draw a picture in this project's style. Whatever goes wrong is one warning: no picture is worth a run."""
     try:
         with rc_context(), warnings.catch_warnings():
-            rcdefaults()
-            rcParams.update(STYLE)
+            use_style()
             warnings.simplefilter("ignore")  # glyphs that the font lacks
             draw(*args)
     except Exception as error:
@@ -56,140 +53,140 @@ def attempt(draw: Callable[..., None], *args: Any) -> None:
         log.warning(f"warning: {args[0]} is not drawn: {reason}")
 
 
+def save(figure: Figure, path: Path, **how: Any) -> None:
+    """A PNG or PDF, by its name; without a date, so that it is the same each time."""
+    kind = path.suffix.removeprefix(".")
+    with atomic_write(path) as file:
+        figure.savefig(file, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None, **how)
+
+
+def one_panel(width: float, height: float, title: str = "") -> tuple[Figure, Any]:
+    """A figure of one panel, in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panel = figure.subplots()
+    panel.set_title(title)
+    return figure, panel
+
+
 def plot_curves(
     path: Path, rows: Sequence[dict[str, Any]], title: str, schedule: Sequence[int], mixes: bool = True
 ) -> None:
     """Loss and accuracy against the epoch, with the epochs at which the learning rate changes. ``mixes``: whether the
     method mixes the training images."""
-    figure = Figure(figsize=(11, 4.2))
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in rows]
-    loss, accuracy = panels = figure.subplots(1, 2)
     reached = [milestone for milestone in schedule if milestone <= epochs[-1]]
-    for panel, quantity in zip(panels, ("loss", "top1"), strict=True):
-        for name, style in (("train", "--"), ("valid", "-"), ("test", "-")):
+    for panel, quantity in ((loss, "loss"), (accuracy, "top1")):
+        for name, colour, line in (("train", BLUE, "--"), ("valid", GREEN, "-"), ("test", RED, "-")):
             values = [row[f"{name}_{quantity}"] for row in rows]
             if values[-1] is not None:
                 label = "train (mixed images)" if name == "train" and mixes else name
                 marker = "o" if len(rows) < 3 else None
-                panel.plot(epochs, values, style, color=SPLITS[name], label=label, linewidth=1.6, marker=marker)
+                panel.plot(epochs, values, line, color=colour, label=label, marker=marker)
         for milestone in reached:
             panel.axvline(milestone, color="0.75", linewidth=1, zorder=0)
-        panel.xaxis.set_major_locator(whole_numbers())
         panel.set_xlabel("epoch (grey lines: the learning rate changes)" if reached else "epoch")
+        panel.locator_params("x", integer=True, min_n_ticks=1)
         panel.grid()
-    loss.set(ylabel="loss", title="train: binary cross-entropy; test: cross-entropy", yscale="log")
-    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    loss.yaxis.set_major_formatter("{x:g}")
-    loss.yaxis.set_minor_formatter(NullFormatter())
+    loss.set(ylabel="loss", yscale="log", title="train: binary cross-entropy; test: cross-entropy")
+    loss.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
     best, last = best_row(rows), rows[-1]["test_top1"]
-    scores = f"test: last {last:.2f}%, best {best['test_top1']:.2f}% in epoch {best['epoch']}"
-    accuracy.set(ylabel="top-1 accuracy [%]", title=scores)
-    figure.suptitle(title)
+    accuracy.set_title(f"test: last {last:.2f}%, best {best['test_top1']:.2f}% in epoch {best['epoch']}")
+    accuracy.set_ylabel("top-1 accuracy [%]")
     accuracy.legend()
+    figure.suptitle(title)
     save(figure, path)
 
 
-def whole_numbers() -> MaxNLocator:
-    """Ticks of an axis of epochs, of which there may be one alone."""
-    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
-
-
 class MixedImages:
-    """mixed.png and mixed_last.png: a pair of each of the first six batches of the first epoch, and of the last.
-
-    What the folder lacks is plotted from the first batches of this start. Numbers of the training are not touched.
-    """
+    """mixed.png and mixed_last.png: a pair of each of the first six batches of the first epoch, and of the last; or, in
+    a run that was stopped, of this start's first batches of that epoch. No number of the training is touched."""
 
     def __init__(self, folder: Path | None, data: Any, method: Method, epochs: int) -> None:
         self.folder, self.data, self.method, self.epochs = folder, data, method, epochs
         self.epoch = -1
-        self.path: Path | None = None  # of the picture that this epoch is for
-        self.pairs: list[dict[str, Any]] = []
+        self.path: Path | None = None  # of the picture that pairs are collected for
+        self.columns: dict[str, list[torch.Tensor]] = {}
+        self.texts: list[str] = []
 
     def collect(self, epoch: int, mixed: Mixed, images: torch.Tensor, draws: Any) -> None:
-        """Keep a pair of this batch, and draw the picture once there are enough."""
+        """Keep a pair of this batch: both images, both saliency maps, the mask, the mixed image, λ and the target's
+        shares. Draw the picture once there are enough."""
         if epoch != self.epoch:
-            self.draw()
-            self.epoch = epoch
-            if self.folder is not None:
-                name = MIXED_LAST if (self.folder / MIXED).exists() else MIXED
-                wanted = name == MIXED or epoch == self.epochs - 1
-                self.path = self.folder / name if wanted and not (self.folder / name).exists() else None
+            names = (MIXED, MIXED_LAST) if epoch == self.epochs - 1 else (MIXED,)
+            paths = [self.folder / name for name in names] if self.folder else []
+            self.epoch, self.path = epoch, next((path for path in paths if not path.exists()), None)
         plain = self.method.name == "vanilla"
         if self.path is None or (mixed.partner is mixed.mask is None and not plain):  # this batch stayed as it was
             return
+        one = -1 - len(self.texts) % len(images)  # where a part of a batch is mixed, that is its end
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.data.mean, self.data.std))
         saliency_a, saliency_b = mixed.saliency or (None, None)
-        named = {
+        for name, batch in {
             "image a": images, "image b": mixed.partner, "saliency a": saliency_a, "saliency b": saliency_b,
-            "mask (white: a)": mixed.mask, "mixed": None if plain else mixed.images, "target": mixed.targets,
-        }  # fmt: skip
-        one = -1 - len(self.pairs) % len(images)  # where a part of a batch is mixed, that is its end
-        pair = {name: value[one].detach().float().clone() for name, value in named.items() if value is not None}
-        self.pairs.append({**pair, "lam": getattr(draws, "lam", None)})
-        if len(self.pairs) == PAIRS:
+            "mask (white: a)": mixed.mask, "mixed": None if plain else mixed.images,
+        }.items():  # fmt: skip
+            if batch is not None:
+                image = batch[one].detach().float().cpu()
+                image = image * std + mean if image.ndim == 3 else image
+                image = image.expand(3, -1, -1) if batch is mixed.mask else image
+                self.columns.setdefault(name, []).append(image)
+        shares = sorted(zip(mixed.targets[one].tolist(), self.data.classes, strict=True), reverse=True)[:3]
+        lines = [f"λ = {float(draws.lam):.2f}"] if hasattr(draws, "lam") else []
+        self.texts.append("\n".join(lines + [f"{100 * share:.0f}% {name}" for share, name in shares if share > 0.005]))
+        if len(self.texts) == PAIRS:
             self.draw()
 
     def draw(self) -> None:
-        """The picture of the pairs so far, such as all of an epoch of fewer batches."""
-        if self.path is not None and self.pairs:
-            attempt(plot_mixed, self.path, self.pairs, self.data, f"{self.method.title}, epoch {self.epoch}")
-        self.path, self.pairs = None, []
+        """The picture of the pairs so far: an epoch may have fewer batches."""
+        if self.path is not None and self.texts:
+            attempt(plot_images, self.path, self.columns, self.texts, f"{self.method.title}, epoch {self.epoch}")
+        self.path, self.columns, self.texts = None, {}, []
 
 
-def plot_mixed(path: Path, pairs: Sequence[dict[str, Any]], data: Any, title: str) -> None:
-    """A pair a row: both images, both saliency maps, the mask, the mixed image; below, λ and the target's shares."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
-    styles: dict[str, dict[str, Any]] = {
-        "image a": {}, "image b": {}, "saliency a": {"cmap": "magma"}, "saliency b": {"cmap": "magma"},
-        "mask (white: a)": {"cmap": "gray", "vmin": 0, "vmax": 1}, "mixed": {},
-    }  # fmt: skip
-    names = [name for name in styles if name in pairs[0]]
-    height, width = pairs[0]["image a"].shape[1:]
-    size = 1.6 * len(names), len(pairs) * (1.6 * height / width + 0.2) + 0.5
-    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.1))  # room for a line of text
-    panels = figure.subplots(len(pairs), len(names), squeeze=False)
-    for pair, row in zip(pairs, panels, strict=True):
-        for name, panel in zip(names, row, strict=True):
-            picture = pair[name].cpu()
-            if picture.ndim == 3:
-                picture = (picture * std + mean).clamp(0, 1).permute(1, 2, 0)
-            panel.imshow(picture.numpy(), **styles[name])
-            panel.set(xticks=[], yticks=[])
-            panel.spines[:].set_visible(True)
-        shares = sorted(((float(v), data.classes[k]) for k, v in enumerate(pair["target"]) if v > 0.005), reverse=True)
-        text = " + ".join(f"{100 * value:.0f}% {label}" for value, label in shares[:3])
-        text = text if pair["lam"] is None else f"λ = {float(pair['lam']):.2f}: {text}"
-        style: dict[str, Any] = {"ha": "right", "va": "top", "fontsize": 9, "in_layout": False}
-        row[-1].text(1, -0.03, text, transform=row[-1].transAxes, **style)
-    for name, panel in zip(names, panels[0], strict=True):
-        panel.set_title(name if len(names) > 1 else "image", fontsize=11)
-    figure.suptitle(title)
-    save(figure, path)
+def plot_images(path: Path, columns: dict[str, list[torch.Tensor]], texts: Sequence[str], title: str) -> None:
+    """Images of one size, as for ``colours_of``, in columns of these names, with a text for each row."""
+    pixels = np.array([[colours_of(image) for image in column] for column in columns.values()])
+    gap = max(1, min(pixels.shape[2:4]) // 32)
+    tiles = np.pad(pixels, ((0, 0), (0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=200)
+    across, down, height, width, _ = tiles.shape
+    inches = min(1.1, 8 / across)  # for names that can be read at the width of a page
+    figure = Figure(figsize=(inches * across, inches * down * height / width))
+    panel = figure.add_axes((0, 0, 1, 1))
+    panel.imshow(tiles.transpose(1, 2, 0, 3, 4).reshape(down * height, across * width, 3), aspect="auto")
+    rotation = 90 if max(map(len, columns)) > 14 * inches else 0
+    panel.set_xticks(width * (np.arange(across) + 0.5), list(columns), rotation=rotation)
+    panel.set_yticks(height * (np.arange(down) + 0.5), texts)
+    panel.tick_params(length=0, labelbottom=False, labeltop=True, labelleft=False, labelright=True)
+    panel.spines[:].set_visible(False)
+    panel.set_title(title)
+    save(figure, path, bbox_inches="tight", dpi=200)  # a layout engine would cut images down for long names
+
+
+def colours_of(image: torch.Tensor) -> np.ndarray:
+    """Colours [3, H, W] in [0, 1] as they are, a map [H, W] from black (0) to yellow (its maximum): uint8 [H, W, 3]."""
+    if image.ndim == 2:
+        return colormaps["magma"]((image / image.max().clamp(min=1e-30)).numpy(), bytes=True)[..., :3]
+    return (255 * image.clamp(0, 1)).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 def plot_dots(path: Path, frame: pd.DataFrame) -> None:
     """Final accuracy of each seed, a row a method in the order of their means, with means and their 95% intervals.
-
-    Args:
-        frame: a run a row, of one setting; the columns label, method, seed, final, curve (accuracy by epoch),
-            seconds_per_epoch.
-    """
-    styles = _styles(frame)
-    means = frame.groupby("label")["final"].mean().sort_values(kind="stable")
-    figure, panel = one_panel(7.2, 0.9 + 0.36 * len(means), dpi=150)
-    for row, (label, mean) in enumerate(means.items()):
-        finals, colour = frame["final"][frame["label"] == label], styles[label]["color"]
-        panel.scatter(finals, [row - 0.13] * len(finals), s=26, color=colour, alpha=0.55, linewidth=0)
-        if len(finals) > 1:
-            half = stats.t.ppf(0.975, len(finals) - 1) * stats.sem(finals)
+    ``frame``: a run a row, of one setting, with label, method, final, curve (accuracy by epoch), seconds_per_epoch."""
+    table = _by_label(frame)
+    figure, panel = one_panel(7.2, 0.9 + 0.36 * len(table))
+    for place, row in enumerate(table.itertuples()):
+        finals = frame["final"][frame["label"] == row.Index]
+        panel.scatter(finals, [place - 0.13] * len(finals), s=26, color=row.colour, alpha=0.55, linewidth=0)
+        if row.seeds > 1:
+            half = stats.t.ppf(0.975, row.seeds - 1) * row.spread / row.seeds**0.5
             bar: dict[str, Any] = {"fmt": "|", "markersize": 11, "markeredgewidth": 2, "capsize": 3}
-            panel.errorbar(mean, row + 0.13, xerr=half, color=colour, **bar)
-    plain = means[_plain(frame)]
-    for mean in plain:
+            panel.errorbar(row.mean, place + 0.13, xerr=half, color=row.colour, **bar)
+    for mean in table["mean"][table["method"] == "vanilla"]:
         panel.axvline(mean, color=PALETTE[0], linewidth=0.8, linestyle=":", zorder=0)
-    panel.set_yticks(range(len(means)), _counted(frame, means.index))
-    marks = f"seeds{_same_count(frame)}" + (", mean and 95% interval" if len(frame) > len(means) else "")
-    panel.set_xlabel(f"test accuracy [%]: {marks}" + ("; dotted: plain training" if len(plain) else ""))
+    panel.set_yticks(range(len(table)), table["text"])
+    panel.set_xlabel("test accuracy [%]: seeds; mean and its 95% interval; dotted: plain training")
     panel.grid(axis="x")
     save(figure, path)
 
@@ -197,81 +194,59 @@ def plot_dots(path: Path, frame: pd.DataFrame) -> None:
 def plot_learning_curves(path: Path, frame: pd.DataFrame) -> None:
     """Mean accuracy by epoch of the same frame; beside it the last quarter, with the standard deviation of plain
     training and of the method that ends highest."""
-    styles = _styles(frame)
-    order = frame.groupby("label")["final"].mean().sort_values(ascending=False, kind="stable").index
-    figure = Figure(figsize=(9.6, 4.2), dpi=150)
+    table = _by_label(frame)[::-1]
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     whole, end = figure.subplots(1, 2)
-    for label, text in zip(order, _counted(frame, order), strict=True):
-        curves = np.array(frame["curve"][frame["label"] == label].tolist())
+    for row in table.itertuples():
+        curves = np.array(frame["curve"][frame["label"] == row.Index].tolist())
         mean, epochs = curves.mean(axis=0), np.arange(1, curves.shape[1] + 1)
         last = slice(-max(1, len(epochs) // 4), None)
-        whole.plot(epochs, mean, label=text, linewidth=1.1, **styles[label])
-        outstanding = label in (order[0], *_plain(frame))
-        end.plot(epochs[last], mean[last], linewidth=2 if outstanding else 1, **styles[label])
-        if len(curves) > 1 and outstanding:
-            low, high = (mean + sign * curves.std(axis=0, ddof=1) for sign in (-1, 1))
-            end.fill_between(epochs[last], low[last], high[last], color=styles[label]["color"], alpha=0.15, linewidth=0)
-    whole.legend(fontsize=9, loc="lower right")
-    several = len(frame) > len(order)
-    whole.set_ylabel("test accuracy [%]" + (f", mean{_same_count(frame)}" if several else _same_count(frame)))
-    end.set_title("last quarter" + ("; bands: ± standard deviation" if end.collections else ""), fontsize=10)
+        outstanding = row.Index == table.index[0] or row.method == "vanilla"
+        whole.plot(epochs, mean, row.line, color=row.colour, label=row.text, linewidth=1.1)
+        end.plot(epochs[last], mean[last], row.line, color=row.colour, linewidth=2 if outstanding else 1)
+        if row.seeds > 1 and outstanding:
+            spread = curves.std(axis=0, ddof=1)
+            band = epochs[last], (mean - spread)[last], (mean + spread)[last]
+            end.fill_between(*band, color=row.colour, alpha=0.15, linewidth=0)
+    whole.legend(loc="lower right")
+    whole.set_ylabel("test accuracy [%], mean over seeds")
+    end.set_title("last quarter" + ("; bands: ± standard deviation" if end.collections else ""))
     for panel in (whole, end):
         panel.set_xlabel("epoch")
-        panel.xaxis.set_major_locator(whole_numbers())
+        panel.locator_params("x", integer=True, min_n_ticks=1)
         panel.grid()
     save(figure, path)
 
 
 def plot_cost(path: Path, frame: pd.DataFrame) -> None:
     """Final accuracy of the same frame against the time of an epoch: of plain training, where that was measured."""
-    styles = _styles(frame)
-    times = frame.groupby("label", sort=False)["seconds_per_epoch"].mean().dropna()
-    plain = times[times.index.isin(_plain(frame))]
-    times = times / plain.iloc[0] if len(plain) else times
-    figure, panel = one_panel(6.4, 4.2, dpi=150)
-    for label, time in times.items():
-        of_label = frame[frame["label"] == label]
-        spread = of_label["final"].std() if len(of_label) > 1 else None
-        style = {"color": styles[label]["color"], "fillstyle": "full" if styles[label]["linestyle"] == "-" else "none"}
-        marker = MARKERS[list(METHODS).index(of_label["method"].iloc[0]) % len(MARKERS)]
-        mean = of_label["final"].mean()
-        panel.errorbar(time, mean, spread, fmt=marker, markersize=7, capsize=3, label=label, **style)
+    table = _by_label(frame)[::-1].dropna(subset="time")
+    plain = table["time"][table["method"] == "vanilla"]
+    unit = plain.iloc[0] if len(plain) else 1
+    figure, panel = one_panel(6.4, 4.2)
+    for row in table.itertuples():
+        fill = "full" if row.line == "-" else "none"
+        style: dict[str, Any] = {"color": row.colour, "fillstyle": fill, "markersize": 7, "capsize": 3}
+        panel.errorbar(row.time / unit, row.mean, row.spread, fmt=row.marker, label=row.text, **style)
     panel.set_xlabel("time of an epoch" + (", plain training = 1" if len(plain) else " [s]"))
-    several = len(frame) > frame["label"].nunique()
-    panel.set_ylabel("test accuracy [%]" + (", mean ± standard deviation" if several else ""))
-    panel.legend(fontsize=9)
+    panel.set_ylabel("test accuracy [%], mean ± standard deviation")
+    panel.legend()
     panel.grid()
     save(figure, path)
 
 
-def _styles(frame: pd.DataFrame) -> dict[Any, dict[str, Any]]:
-    """Colour of the method, and a line of its own for each of the method's settings."""
-    found: dict[Any, dict[str, Any]] = {}
-    for method, labels in frame.groupby("method", sort=False)["label"].unique().items():
-        colour = PALETTE[list(METHODS).index(str(method)) % len(PALETTE)]
-        for label, line in zip(labels, cycle(LINES), strict=False):
-            found[label] = {"color": colour, "linestyle": line}
-    return found
-
-
-def _plain(frame: pd.DataFrame) -> list[Any]:
-    """The labels of plain training."""
-    return frame["label"][frame["method"] == "vanilla"].unique().tolist()
-
-
-def _same_count(frame: pd.DataFrame) -> str:
-    """The number of seeds, if all methods have the same."""
-    counts = frame["label"].value_counts().unique()
-    return f" (n = {counts[0]})" if len(counts) == 1 else ""
-
-
-def _counted(frame: pd.DataFrame, labels: Iterable[Any]) -> list[str]:
-    """Names of the methods, with their numbers of seeds where these differ."""
-    counts = frame["label"].value_counts()
-    return [label if counts.nunique() == 1 else f"{label}, n = {counts[label]}" for label in labels]
-
-
-# ---------------------------------------------------------------------------------------------------- of an evaluation
+def _by_label(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row a label, in the order of their means: its numbers, its text, its method's colour and marker, and a line for
+    each of the method's settings."""
+    table = frame.groupby("label", sort=False).agg(
+        method=("method", "first"), seeds=("final", "size"), mean=("final", "mean"), spread=("final", "std"),
+        time=("seconds_per_epoch", "mean"),
+    )  # fmt: skip
+    places = [list(METHODS).index(method) % len(PALETTE) for method in table["method"]]
+    table["colour"], table["marker"] = [PALETTE[i] for i in places], [MARKERS[i] for i in places]
+    table["line"] = [("-", "--", ":", "-.")[i % 4] for i in table.groupby("method").cumcount()]
+    table["text"] = [f"{label}, n = {count}" for label, count in table["seeds"].items()]
+    return table.sort_values("mean", kind="stable")
 
 
 def plot_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], title: str, top1: float) -> None:
@@ -280,7 +255,6 @@ def plot_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], ti
     shares = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     few = len(classes) <= 20
     figure, panel = one_panel(7, 6.2, f"{title}\ntop-1 {top1:.2f}%")
-    panel.spines[:].set_visible(True)
     scale = PowerNorm(1 if few else 0.4, 0, 100)  # of many classes, confusions would not be seen
     image = panel.imshow(shares, cmap="Blues", norm=scale)
     if few:
@@ -300,24 +274,19 @@ def plot_reliability(
     count, accuracy, sure = np.nan_to_num(np.array(bins)).T
     lefts, gap = np.linspace(0, 1, len(bins) + 1)[:-1], sure - accuracy
     style: dict[str, Any] = {"width": 1 / len(bins), "align": "edge", "edgecolor": "white", "linewidth": 0.5}
-    figure = Figure(figsize=(7, 5.6))
+    figure = Figure(figsize=(7, 5.6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    above.bar(lefts, accuracy, color=PALETTE[5], label="accuracy", **style)
-    for part, bottom, colour, label in (
-        (gap, accuracy, PALETTE[1], "overconfident by"),
-        (-gap, sure, PALETTE[2], "underconfident by"),
-    ):
-        if (part > 0).any():
-            above.bar(lefts, part.clip(0), bottom=bottom, color=colour, label=label, **style)
+    above.bar(lefts, accuracy, color=BLUE, label="accuracy", **style)
+    above.bar(lefts, gap.clip(0), bottom=accuracy, color=PALETTE[1], label="overconfident by", **style)
+    above.bar(lefts, (-gap).clip(0), bottom=sure, color=PALETTE[2], label="underconfident by", **style)
     above.plot([0, 1], [0, 1], "--", color="0.4", linewidth=1, label="calibrated")
-    above.set_ylabel("accuracy")
-    above.set_title(f"{title}\nexpected calibration error {ece:.2f}%", fontsize=9)
-    above.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
-    below.bar(lefts, 100 * count / count.sum(), color="0.6", **style)
-    below.axvline(confidence / 100, color=PALETTE[7], linewidth=1.2, label=f"mean confidence {confidence:.1f}%")
-    below.axvline(top1 / 100, color=PALETTE[5], linewidth=1.2, linestyle="--", label=f"accuracy {top1:.1f}%")
+    above.set(ylabel="accuracy", title=f"{title}\nexpected calibration error {ece:.2f}%")
+    below.bar(lefts, 100 * count / count.sum(), color=GREY, **style)
+    below.axvline(confidence / 100, color=RED, linewidth=1.2, label=f"mean confidence {confidence:.1f}%")
+    below.axvline(top1 / 100, color=BLUE, linewidth=1.2, linestyle="--", label=f"accuracy {top1:.1f}%")
     below.set(xlabel="confidence", ylabel="images [%]", xlim=(0, 1))
-    below.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
+    for panel in (above, below):
+        panel.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
     save(figure, path)
 
 
@@ -335,73 +304,6 @@ def plot_corruptions(path: Path, errors: dict[str, list[float]], title: str) -> 
     save(figure, path)
 
 
-def plot_corrupted_images(path: Path, shown: dict[str, list[torch.Tensor]], title: str) -> None:
-    """One image, uint8 [3, H, W], under every corruption, severities downwards; below the clean image where the lists
-    begin with it."""
-    gap = max(1, min(next(iter(shown.values()))[0].shape[1:]) // 32)
-    columns = [[F.pad(image, (gap,) * 4, value=255) for image in images] for images in shown.values()]
-    mosaic = torch.cat([torch.cat(column, dim=1) for column in columns], dim=2).permute(1, 2, 0).numpy()
-    rows, (height, width) = len(columns[0]), columns[0][0].shape[1:]
-    size = max(8.0, 0.8 * len(shown))  # can be read at the width of a page
-    figure = Figure(figsize=(0.8 * len(shown), 0.8 * rows * height / width))
-    panel = figure.add_axes((0, 0, 1, 1))
-    panel.imshow(mosaic, interpolation="nearest", aspect="auto")
-    names = [name.replace("_", " ") for name in shown]
-    places = width * (np.arange(len(shown)) + 0.5) - 0.5
-    panel.set_xticks(places, names, fontsize=size, rotation=90)
-    severities = ["clean", "1", "2", "3", "4", "5"][-rows:]
-    panel.set_yticks(height * (np.arange(rows) + 0.5) - 0.5, severities, fontsize=size)
-    panel.set_ylabel("severity", fontsize=size)
-    panel.set_title(title, fontsize=size)
-    panel.tick_params(length=0)
-    panel.spines[:].set_visible(False)
-    save(figure, path, bbox_inches="tight")  # a layout engine would cut long names
-
-
-def plot_attacks(path: Path, clean: float, accuracies: dict[str, dict[float, float]], title: str) -> None:
-    """Top-1 accuracy in % under attacks of each size (of 255), next to that of the same images without attack."""
-    sizes = sorted({size for found in accuracies.values() for size in found})
-    figure, panel = one_panel(2.2 + 1.1 * len(sizes), 3.6, title)
-    width = 0.8 / len(accuracies)
-    bars = [panel.bar(0, clean, 0.4, color="0.6")]
-    for i, (label, found) in enumerate(accuracies.items()):
-        places = [1 + sizes.index(size) + (i - (len(accuracies) - 1) / 2) * width for size in found]
-        colour = PALETTE[(5, 7, 3, 6)[i % 4]]
-        bars.append(panel.bar(places, list(found.values()), 0.9 * width, label=label, color=colour))
-    for group in bars:
-        panel.bar_label(group, fmt="%.1f", fontsize=8, padding=2)
-    panel.set_xticks(range(len(sizes) + 1), ["clean", *(f"{size:g}/255" for size in sizes)])
-    panel.set(ylim=(0, 108), xlabel="largest change of a pixel", ylabel="top-1 accuracy [%]")
-    figure.legend(loc="outside lower center", ncols=len(accuracies), fontsize=8)
-    save(figure, path)
-
-
-def plot_shifts(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Top-1 accuracy in % on other test sets (``name``, ``images``, ``top1``, ``own_top1``, ``ece`` or None), each next
-    to that on the same classes of the in-distribution test set."""
-    figure, panel = one_panel(2.4 + 1.3 * len(rows), 3.8, title)
-    for offset, key, colour, label in (
-        (-0.2, "own_top1", "0.6", "in-distribution test set"),
-        (0.2, "top1", PALETTE[5], "this test set"),
-    ):
-        bars = panel.bar(np.arange(len(rows)) + offset, [row[key] for row in rows], 0.38, color=colour, label=label)
-        panel.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
-    names = [f"{row['name']}\n{row['images']:,} images" for row in rows]
-    names = [n if row["ece"] is None else f"{n}\nECE {row['ece']:.1f}%" for n, row in zip(names, rows, strict=True)]
-    panel.set_xticks(range(len(rows)), names, fontsize=8)
-    panel.set(ylim=(0, 108), ylabel="top-1 accuracy [%]")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    save(figure, path)
-
-
-def one_panel(width: float, height: float, title: str = "", dpi: int = 120) -> tuple[Figure, Any]:
-    """A figure of one panel."""
-    figure = Figure(figsize=(width, height), dpi=dpi)
-    panel = figure.subplots()
-    panel.set_title(title)
-    return figure, panel
-
-
 def _write_numbers(panel: Any, values: np.ndarray, dark: float, size: float) -> None:
     """Whole numbers into the cells of a picture; white where the cell is dark. Zero stays empty."""
     for (row, column), value in np.ndenumerate(values):
@@ -410,8 +312,44 @@ def _write_numbers(panel: Any, values: np.ndarray, dark: float, size: float) -> 
             panel.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=size, color=colour)
 
 
-def save(figure: Figure, path: Path, **how: Any) -> None:
-    """A PNG or PDF, by its name; without a date, so that it is the same each time."""
-    kind = path.suffix.removeprefix(".")
-    with atomic_write(path) as file:
-        figure.savefig(file, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None, **how)
+def plot_corrupted_images(path: Path, shown: dict[str, list[torch.Tensor]], title: str) -> None:
+    """One image, uint8 [3, H, W], under every corruption, severities downwards; below the clean image where the lists
+    begin with it."""
+    columns = {name.replace("_", " "): [image / 255 for image in images] for name, images in shown.items()}
+    severities = ["clean", *(f"severity {number}" for number in range(1, 6))]
+    plot_images(path, columns, severities[-len(next(iter(shown.values()))) :], title)
+
+
+def plot_attacks(path: Path, clean: float, accuracies: dict[str, dict[float, float]], title: str) -> None:
+    """Top-1 accuracy in % under attacks of each size (of 255), next to that of the same images without attack."""
+    frame = pd.DataFrame(accuracies).sort_index()
+    series = {"no attack": [clean] * len(frame), **frame.to_dict("list")}
+    figure, panel = _bars([f"{size:g}/255" for size in frame.index], series, title)
+    panel.set_xlabel("largest change of a pixel")
+    save(figure, path)
+
+
+def plot_shifts(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Top-1 accuracy in % on other test sets (``name``, ``images``, ``top1``, ``own_top1``, ``ece`` or None), each next
+    to that on the same classes of the in-distribution test set."""
+    names = [f"{row['name']}\n{row['images']:,} images" for row in rows]
+    names = [n if row["ece"] is None else f"{n}\nECE {row['ece']:.1f}%" for n, row in zip(names, rows, strict=True)]
+    series = {"in-distribution test set": "own_top1", "this test set": "top1"}
+    figure, _ = _bars(names, {label: [row[key] for row in rows] for label, key in series.items()}, title)
+    save(figure, path)
+
+
+def _bars(groups: Sequence[str], series: dict[str, list[float]], title: str) -> tuple[Figure, Any]:
+    """Top-1 accuracy in % as groups of bars, a bar a series in each; the first series is what the others are held
+    against. NaN: no bar."""
+    figure, panel = one_panel(2.4 + 0.6 * len(groups) * len(series), 3.8, title)
+    width = 0.8 / len(series)
+    for i, (label, values) in enumerate(series.items()):
+        places = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
+        colour = (GREY, BLUE, RED, GREEN)[i % 4]
+        bars = panel.bar(places, values, 0.95 * width, label=label, color=colour)
+        panel.bar_label(bars, fmt="%.1f", padding=2)
+    panel.set_xticks(range(len(groups)), groups)
+    panel.set(ylim=(0, 108), ylabel="top-1 accuracy [%]")
+    figure.legend(loc="outside lower center", ncols=len(series))
+    return figure, panel
