@@ -31,7 +31,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -238,7 +238,7 @@ def image_tree(dataset: str, folder: str, reading: Reading) -> Found | None:
     classes, tree = load_tree(root, reading)
     splits = {name: Split(split.images, split.labels) for name, split in tree.items()}
     folders = {name: split.folder for name, split in tree.items()}
-    source = f"image tree {_printable(root)}"
+    source = f"image tree {root}"
     return Found(source, classes, splits, folders, {name: split.digest for name, split in tree.items()})
 
 
@@ -259,7 +259,7 @@ def torchvision_files(dataset: str, folder: str, reading: Reading) -> Found:
         name: Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
         for name, part in (("train", train), ("test", test))
     }
-    return Found(f"torchvision's files in {_printable(folder)}", list(train.classes), splits, {}, {})
+    return Found(f"torchvision's files in {folder}", list(train.classes), splits, {}, {})
 
 
 def _cifar(kind: Any, folder: str) -> tuple[Any, Any]:
@@ -281,24 +281,17 @@ def _cifar(kind: Any, folder: str) -> tuple[Any, Any]:
                 return opened(folder)
             if check_integrity(archive, kind.tgz_md5):
                 os.symlink(archive, os.path.join(scratch, kind.filename))
-            with _download_manners():
-                kind(scratch, download=True)
+            timeout = socket.getdefaulttimeout()
+            socket.setdefaulttimeout(30)  # a silent firewall is no network either
+            try:
+                with redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):  # a bar is for terminals
+                    kind(scratch, download=True)
+            finally:
+                socket.setdefaulttimeout(timeout)
             if writable:
                 shutil.rmtree(os.path.join(folder, kind.base_folder), ignore_errors=True)
                 os.rename(os.path.join(scratch, kind.base_folder), os.path.join(folder, kind.base_folder))
         return opened(folder if writable else scratch)
-
-
-@contextmanager
-def _download_manners() -> Iterator[None]:
-    """A silent firewall is no network either, and torchvision's bar is for terminals."""
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)
-    try:
-        with redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):
-            yield
-    finally:
-        socket.setdefaulttimeout(timeout)
 
 
 def scikit_digits(dataset: str, folder: str, reading: Reading) -> Found:
@@ -318,11 +311,6 @@ def scikit_digits(dataset: str, folder: str, reading: Reading) -> Found:
     test = torch.from_numpy(in_test)
     splits = {name: Split(images[part], labels[part]) for name, part in (("train", ~test), ("test", test))}
     return Found("scikit-learn's digits", [str(k) for k in range(10)], splits, {}, {})
-
-
-def _printable(path: str) -> str:
-    """A path whose bytes need not be text, as text."""
-    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 class Kind(NamedTuple):
@@ -393,7 +381,12 @@ def load(
     reading = Reading((size, size) if isinstance(size, int) else size, cache, test_only)
     found = next(filter(None, (source(dataset, folder, reading) for source in kind.sources)), None)
     if found is None:
-        raise _nothing_there(dataset, folder)
+        missing = "has no folder train" if os.path.isdir(folder) else "does not exist"
+        wanted = f"the unpacked {TINY_ARCHIVE} or " if dataset == "tiny-imagenet-200" else ""
+        raise UserError(
+            f"data_dir {folder!r} {missing}; {dataset} needs {wanted}the folders train/<class>/ and test/<class>/ with "
+            "PNG, JPEG or WebP images there"
+        )
     splits, classes = found.splits, found.classes
     digests = {name: split_digest(split, found.pixels.get(name)) for name, split in splits.items()}
     _compare_splits(digests, found.folders, valid_labels_per_class)
@@ -422,14 +415,6 @@ def _compare_splits(digests: dict[str, str], folders: dict[str, str], aside: int
     for a, b in (("train", "test"), ("train", "valid"), ("valid", "test")):
         if a in digests and digests[a] == digests.get(b):
             log.warning(f"warning: {folders.get(a, a)!r} and {folders.get(b, b)!r} hold the same images")
-
-
-def _nothing_there(dataset: str, folder: str) -> UserError:
-    wanted = "the folders train/<class>/ and test/<class>/ with PNG, JPEG or WebP images"
-    if dataset == "tiny-imagenet-200":
-        wanted = f"the unpacked {TINY_ARCHIVE} or {wanted}"
-    missing = "has no folder train" if os.path.isdir(folder) else "does not exist"
-    return UserError(f"data_dir {folder!r} {missing}; {dataset} needs {wanted} there")
 
 
 def split_digest(split: Split, pixels: str | None = None) -> str:

@@ -2,15 +2,14 @@
 
 A tree has ``train/<class>/`` and ``test/<class>/`` with PNG, JPEG or WebP files, in subfolders too. ``val/<class>/``
 (or ``valid``, ``validation``) is the validation set where there is a ``test/``, else the test set. Classes are numbered
-by name. In Tiny-ImageNet-200 as published ``val/val_annotations.txt`` gives the classes of the test images; nothing is
-moved. What machines leave in folders is skipped (``is_clutter``); whatever else is no image by its suffix, or lies in
-no class folder, is left out with a warning.
+by name. In Tiny-ImageNet-200 as published ``val/val_annotations.txt`` gives the classes of the test images. What
+machines leave in folders is skipped (``is_clutter``); other files that are no images, or in no class folder, are left
+out with a warning.
 
-How a pixel is read: grey is repeated, 16 bits keep the upper 8, CMYK and palettes are converted, transparency lies
-over white, an animation gives its first frame, EXIF orientation is applied.
+Grey is repeated, 16 bits keep the upper 8, CMYK and palettes are converted, transparency lies over white, an animation
+gives its first frame, EXIF orientation is applied.
 
-Trees are decoded once and kept in ``.sage-cache-<size>.npz`` next to ``train`` (no pickles), with the digests of their
-pixels, until a file is another one; a damaged cache is noticed by its checksums and made again.
+Trees are decoded once and kept, with digests, in ``.sage-cache-<size>.npz`` next to ``train`` until a file changes.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -42,13 +42,11 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 CLUTTER = {"__macosx", "lost+found", "$recycle.bin", "system volume information", "thumbs.db", "ehthumbs.db",
            "desktop.ini", "icon\r"}  # fmt: skip
 MAX_PIXELS = 2**26  # 67 megapixels: above every usual camera, below what a decompression bomb needs
-MAX_COMMON_SIDE = 128
-MAX_NAMED = 10  # damaged images in one message
-CACHE_VERSION = 2
+MAX_COMMON_SIDE, MAX_NAMED, CACHE_VERSION = 128, 10, 2  # MAX_NAMED: damaged images in one message
 
 
 class ImageFile(NamedTuple):
-    """A path, and what tells the file from one put in its place: size, times of modification and change, inode."""
+    """A path, and what tells the file from another one in its place; times in nanoseconds."""
 
     path: str
     size: int
@@ -58,17 +56,11 @@ class ImageFile(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """How a tree is read.
+    """How a tree is read."""
 
-    Attributes:
-        size: height and width of the images; None: as they suggest.
-        cache: whether decoded images are kept in the tree.
-        test_only: a tree without training images will do.
-    """
-
-    size: tuple[int, int] | None
-    cache: bool
-    test_only: bool = False
+    size: tuple[int, int] | None  # height and width of the images; None: as they suggest
+    cache: bool  # whether decoded images are kept in the tree
+    test_only: bool = False  # whether a tree without training images will do
 
 
 class TreeSplit(NamedTuple):
@@ -88,8 +80,7 @@ def load_tree(root: str, reading: Reading) -> tuple[list[str], dict[str, TreeSpl
         raise UserError(f"cannot read {error.filename!r}: {error.strerror}; mend or remove it") from None
     classes = sorted(found["test"])
     files = {split: [file for name in classes for file in members[name]] for split, members in found.items()}
-    key = _fingerprint(root, files, reading.size)
-    size = "x".join(map(str, reading.size)) if reading.size else "auto"
+    key, size = _fingerprint(root, files, reading.size), "x".join(map(str, reading.size or ["auto"]))
     path = os.path.join(root, f".sage-cache-{size}.npz")
     images = _read_cache(path, key, files) if reading.cache else None
     if images is None:
@@ -108,8 +99,8 @@ def load_tree(root: str, reading: Reading) -> tuple[list[str], dict[str, TreeSpl
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file or folder is what a machine keeps for itself: never an image, an array or a class. Thumbnails of
-    a NAS (``@eaDir``), halves of macOS files (``._a.png``, ``__MACOSX``), hidden files, recycle bins and the like."""
+    """Whether a file or folder is never an image, an array or a class: thumbnails of a NAS, halves of macOS files,
+    hidden files, recycle bins and the like."""
     return name.startswith((".", "@", "#recycle", "#snapshot", "~snapshot")) or name.lower() in CLUTTER
 
 
@@ -126,8 +117,7 @@ def split_folders(root: str) -> dict[str, str]:
         split = SPLITS.get(entry.name.lower())
         if split and entry.is_dir():
             if split in folders:
-                names = f"{folders[split]!r} and {entry.name!r}"
-                raise UserError(f"{root!r} has the folders {names} for one split; keep one of them")
+                raise UserError(f"{root!r} has {folders[split]!r} and {entry.name!r} for one split; keep one of them")
             folders[split] = entry.name
     return folders
 
@@ -170,20 +160,20 @@ def _compare_classes(root: str, folders: dict[str, str], found: dict, split: str
     lacking += [(name, "train") for name in sorted(found[split].keys() - found["train"].keys())]
     if lacking:
         (name, where), *more = lacking
-        rest = f" (and {len(more)} more such classes)" if more else ""
+        rest = f" (and {len(more)} more)" if more else ""
         path = os.path.join(root, folders[where])
-        raise UserError(f"class {name!r} is missing in {path!r}{rest}; every split needs the same classes")
+        raise UserError(f"class {name!r}{rest} is missing in {path!r}; every split needs the same classes")
 
 
 def what_is_left_out(ignored: Sequence[str]) -> str:
     """A warning about the files that ``class_files`` left out."""
-    reason = "that are not PNG, JPEG or WebP by their suffix, or in no class folder,"
-    return f"{len(ignored)} files {reason} are left out, among them {min(ignored)!r}"
+    reason = "not PNG, JPEG or WebP by their suffix, or in no class folder"
+    return f"{len(ignored)} files are left out ({reason}), among them {min(ignored)!r}"
 
 
 def class_files(folder: str, ignored: list[str], skip: str = "") -> dict[str, list[ImageFile]]:
-    """Image files by class: a folder in ``folder``, its name in Unicode's composed form (macOS writes "é" in two
-    characters, Linux in one). Other files are added to ``ignored``."""
+    """Image files by class: a folder in ``folder``, its name in Unicode's composed form, which macOS does not write.
+    Other files are added to ``ignored``."""
     found: dict[str, list[ImageFile]] = {}
     for entry in visible(folder):
         name = unicodedata.normalize("NFC", entry.name)
@@ -230,24 +220,21 @@ def _tiny_files(val: str, ignored: list[str]) -> dict[str, list[ImageFile]]:
         return class_files(val, ignored, skip="images")
     ignored += [entry.path for entry in visible(val) if not entry.is_dir()]
     files = {os.path.relpath(file.path, folder): file for file in listed}
-    try:
-        rows = [line.split() for line in Path(annotations).read_text("utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise UserError(f"{annotations!r} is not text; unpack {TINY_ARCHIVE} again") from None
     found: dict[str, list[ImageFile]] = {}
-    for name, *rest in rows:
+    fault = ""
+    for name, *rest in map(str.split, filter(str.strip, Path(annotations).read_text("utf-8", "replace").splitlines())):
         if not rest or name not in files:
-            fault = f"{annotations!r} names {name!r}, which is not in {folder!r} or has no class"
-            raise UserError(f"{fault}; unpack {TINY_ARCHIVE} again")
+            fault = f"names {name!r}, which is not in {folder!r} or has no class"
+            break
         found.setdefault(rest[0], []).append(files.pop(name))
-    if files:
-        raise UserError(
-            f"image {min(files.values()).path!r} has no line in {annotations!r}; unpack {TINY_ARCHIVE} again"
-        )
+    if fault or files:
+        fault = fault or f"has no line for {min(files.values()).path!r}"
+        raise UserError(f"{annotations!r} {fault}; unpack {TINY_ARCHIVE} again")
     return found
 
 
 def one_line(error: BaseException) -> str:
+    """The error as text in a line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -283,19 +270,15 @@ def decode(
         images = [np.empty((len(part), 3, height, width), np.uint8) for part in files]
         damaged: list[str] = []
 
-        def decode_some(rows: np.ndarray, some: Sequence[ImageFile]) -> int:
-            for row, file in zip(rows, some, strict=True):
-                try:
-                    row[:] = read_image(file.path, height, width).transpose(2, 0, 1)
-                except DamagedImages as error:
-                    damaged.extend(error.faults)
-            return len(some)
+        def read(row: np.ndarray, file: ImageFile) -> None:
+            try:
+                row[:] = read_image(file.path, height, width).transpose(2, 0, 1)
+            except DamagedImages as error:
+                damaged.extend(error.faults)
 
-        starts = [(part, first) for part in range(len(files)) for first in range(0, len(files[part]), 64)]
-        rows = [images[part][first : first + 64] for part, first in starts]
         try:
-            for done in pool.map(decode_some, rows, [files[part][first : first + 64] for part, first in starts]):
-                bar.update(done)
+            for _ in pool.map(read, chain(*images), chain(*files)):
+                bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -307,13 +290,12 @@ def decode(
 def _common_size(files: Sequence[Sequence[ImageFile]]) -> tuple[int, int]:
     """Height and width of all images where they agree and neither is above 128, else 64×64."""
     shapes: set[tuple[int, int]] = set()
-    for file in (file for part in files for file in part):
+    for file in chain(*files):
         with suppress(DamagedImages):  # decoding names them all
             shapes.add(image_shape(file.path))
-        if len(shapes) > 1:
-            break
-    common = shapes.pop() if len(shapes) == 1 else (64, 64)
-    return common if max(common) <= MAX_COMMON_SIDE else (64, 64)
+        if len(shapes) > 1 or max(map(max, shapes), default=0) > MAX_COMMON_SIDE:
+            return 64, 64
+    return shapes.pop() if shapes else (64, 64)
 
 
 def image_shape(path: str) -> tuple[int, int]:
@@ -387,32 +369,30 @@ def _fingerprint(root: str, files: dict[str, list[ImageFile]], size: tuple[int, 
 
 
 def _write_cache(path: str, key: str, images: dict[str, np.ndarray]) -> None:
-    folder, name = os.path.split(path)
     try:
-        remove_leftovers(folder, name, older_than=3600)  # a younger one may still be written
+        remove_leftovers(*os.path.split(path), older_than=3600)  # a younger one may still be written
         with atomic_write(path) as file:
             np.savez(file, key=np.array(key), **images)  # type: ignore[arg-type]
     except OSError as error:
         why = error.strerror or error
-        log.warning(f"warning: {folder!r} cannot keep the decoded images ({why}); each start decodes anew")
+        log.warning(f"warning: {path!r} cannot keep the decoded images ({why}); each start decodes anew")
 
 
 def _read_cache(path: str, key: str, files: dict[str, list[ImageFile]]) -> dict[str, np.ndarray] | None:
     """Images of each split and their "digests", or None where the cache is missing, of other files or damaged."""
+    if not os.path.exists(path):
+        return None
     try:
         with np.load(path, allow_pickle=False) as archive:
             if archive["key"] != key:
                 return None
             images = {name: archive[name] for name in (*files, "digests")}  # reading to the end compares the checksums
-        size = images["test"].shape[2:]
-        for split, part in files.items():
-            if images[split].dtype != np.uint8 or images[split].shape != (len(part), 3, *size):
-                raise ValueError("of another shape")
-        if images["digests"].shape != (len(files),):
+        shapes = {
+            split: (np.dtype(np.uint8), (len(part), 3, *images["test"].shape[2:])) for split, part in files.items()
+        }
+        if len(images["digests"]) != len(files) or any((images[s].dtype, images[s].shape) != shapes[s] for s in files):
             raise ValueError("of another shape")
         return images
-    except FileNotFoundError:
-        return None
     except Exception as error:  # damaged archives, too, raise nearly anything
         log.warning(f"warning: the cache {path!r} cannot be used ({one_line(error)}); the images are decoded again")
         return None

@@ -45,14 +45,11 @@ def open_set(path: Path, data: Data) -> Split:
     if pairs:
         return read_pair(pairs[0], data)
     splits = split_folders(str(path))
-    folder = path / splits.get("test", splits.get("valid", ""))
-    if not folder.is_dir():
-        raise BadArguments(f"there is no folder {folder}")
-    return read_tree(folder, data)
+    return read_tree(path / splits.get("test", splits.get("valid", "")), data)
 
 
 def is_corrupted(path: Path) -> bool:
-    """Whether ``path`` has the layout of CIFAR-10-C (arrays) or Tiny-ImageNet-C (a tree)."""
+    """Whether ``path`` is laid out as CIFAR-10-C (arrays) or Tiny-ImageNet-C (a tree)."""
     return (path / "labels.npy").exists() or bool(corruptions_below(path))
 
 
@@ -88,8 +85,8 @@ def refuse_unknown_arrays(path: Path, classes: list[str]) -> None:
         raise BadArguments(f"{path} holds neither the labels.npy of arrays nor corruption/severity/class")
     if (path / "labels.npy").exists() and digest_of(classes) not in CLASSES_OF_ARRAYS.values():
         raise BadArguments(
-            f"{path} holds arrays, whose labels name no classes: they are taken for {' or '.join(CLASSES_OF_ARRAYS)}, "
-            f"and the network's classes, {', '.join(classes[:3])} …, are of neither; use a tree"
+            f"{path} holds arrays, whose labels name no classes: {' or '.join(CLASSES_OF_ARRAYS)} is meant, whose "
+            f"classes are not the network's {', '.join(classes[:3])} …; use a tree"
         )
 
 
@@ -132,11 +129,12 @@ def corrupted_tree(path: Path, data: Data, choose: Callable[[np.ndarray], np.nda
 
 def read_tree(folder: Path, data: Data) -> Split:
     """The images of the class folders that the network knows."""
+    if not folder.is_dir():
+        raise BadArguments(f"there is no folder {folder}")
     ignored: list[str] = []
     files, labels, others = known_files(folder, data, ignored)
     if others:
-        which = f"{len(others)} folders are no class of the network and left out, among them {others[0]!r}"
-        log.warning(f"warning: {folder}: {which}")
+        log.warning(f"warning: {len(others)} folders in {folder} are no class of the network, among them {others[0]!r}")
     if ignored:
         log.warning(f"warning: {what_is_left_out(ignored)}")
     (images,) = decode([files], data.image_size)
@@ -144,7 +142,7 @@ def read_tree(folder: Path, data: Data) -> Split:
 
 
 def known_files(folder: Path, data: Data, ignored: list[str]) -> tuple[list[ImageFile], np.ndarray, list[str]]:
-    """The image files of the network's classes, in its order, their labels, and the names of other folders."""
+    """Image files of the network's classes, in its order, their labels, and the names of other folders."""
     found = class_files(str(folder), ignored)
     known = [(label, name) for label, name in enumerate(data.classes) if name in found]
     if not known:
@@ -184,7 +182,7 @@ def read_images(path: Path, number: int, data: Data) -> np.ndarray:
 def split_of(images: np.ndarray, labels: np.ndarray) -> Split:
     """Of uint8 [N, H, W, 3] and integers [N]."""
     pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).contiguous()
-    return Split(pixels, torch.from_numpy(np.asarray(labels).astype(np.int64)))
+    return Split(pixels, torch.from_numpy(labels.astype(np.int64)))
 
 
 def read_array(path: Path) -> np.ndarray:
