@@ -42,7 +42,9 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 CLUTTER = {"__macosx", "lost+found", "$recycle.bin", "system volume information", "thumbs.db", "ehthumbs.db",
            "desktop.ini", "icon\r"}  # fmt: skip
 MAX_PIXELS = 2**26  # 67 megapixels: above every usual camera, below what a decompression bomb needs
-MAX_COMMON_SIDE, MAX_NAMED, CACHE_VERSION = 128, 10, 2  # MAX_NAMED: damaged images in one message
+MAX_COMMON_SIDE = 128
+MAX_NAMED = 10  # damaged images in one message
+CACHE_VERSION = 2
 
 
 class ImageFile(NamedTuple):
@@ -254,11 +256,8 @@ class DamagedImages(UserError):
 def decode(
     files: Sequence[Sequence[ImageFile]], size: tuple[int, int] | None, progress: bool = True
 ) -> list[np.ndarray]:
-    """uint8 [N, 3, H, W] for every list of files, decoded by threads: Pillow lets them run in parallel.
-
-    Raises:
-        DamagedImages: the first ten of those that cannot be read, and their number.
-    """
+    """uint8 [N, 3, H, W] for every list of files, decoded by threads: Pillow lets them run in parallel. Those that
+    cannot be read are named in one ``DamagedImages``."""
     total = sum(len(part) for part in files)
     with (
         warnings.catch_warnings(),
