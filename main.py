@@ -67,15 +67,13 @@ def train(args: argparse.Namespace, given: set[str]) -> int:
         runs.write_config(run, vars(args))
         log.info(run.describe())
         stop.training = True
-        loop.fit(run, checkpoint.Saver(run), stop)
-        if stopped := loop.stopped(run, stop):
+        if loop.fit(run, checkpoint.Saver(run), stop):
             where = f"epoch {run.progress.epoch}, step {run.progress.step}"
             log.info(f"stopped in {where}; the same command continues there")
         else:
-            loop.plot_curves(run)
             log.info(runs.write_result(run))
         distributed.leave()
-        return stop.exit_code if stopped else 0
+        return stop.exit_code
 
 
 def make_run(

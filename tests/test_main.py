@@ -214,7 +214,7 @@ def test_waiting_for_the_device_at_the_end_of_an_epoch_counts(tree: Path, monkey
     args, given = options.parse([*SMALL, "--data_dir", str(tree), "--initial_channels", "2", "--epochs", "1"])
     run = program.make_run(args, options.load_images(args, given), torch.device("cpu"))
     read = train.Meter.read
-    monkeypatch.setattr(train.Meter, "read", lambda meter: time.sleep(0.5) or read(meter))
+    monkeypatch.setattr(train.Meter, "read", lambda *args: time.sleep(0.5) or read(*args))
     train.Meter(run).settle()
     assert run.progress.seconds > 0.5
 

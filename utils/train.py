@@ -22,19 +22,20 @@ from .checkpoint import Saver, cure, not_finite, refuse_bad_weights
 from .device import Captured, peak_memory, step_generator
 from .distributed import World
 from .errors import StopSignal, UserError
-from .run import COLUMNS, Run, best_row, line_of_epoch, line_of_scores, log, write_metrics
+from .files import log
+from .run import COLUMNS, Run, best_row, line_of_epoch, line_of_scores, write_metrics
 
-EVALUATION_BATCH = {"cpu": 250, "mps": 500, "cuda": 1000}  # images of 32×32; fewer of larger ones
+EVALUATION_BATCH = {"cpu": 250, "cuda": 1000}  # images of 32×32; fewer of larger ones
 AGREE_STEPS = 10  # ranks agree this often on saving and stopping; each time they wait for each other
 CURVES_SECONDS = 20  # plotting takes half a second; refreshed at most this often while running
 ROUNDING = 1e-4  # of a loss, relative; float32 is far more exact
 
 
-def fit(run: Run, saver: Saver, stop: StopSignal) -> None:
-    """Train to the last epoch, or until a signal; everything is saved when this returns."""
+def fit(run: Run, saver: Saver, stop: StopSignal) -> bool:
+    """Train to the last epoch, or until a signal; everything is saved when this returns. Whether a signal came."""
     method, optimizer, training, progress, world = run.method, run.optimizer, run.training, run.progress, run.world
     model = distributed.data_parallel(run.model)
-    leaves = Leaves(run)
+    records = Records(run)
 
     def step(images: Tensor, labels: Tensor, draws: Any) -> Step:
         optimizer.zero_grad(set_to_none=True)
@@ -49,7 +50,7 @@ def fit(run: Run, saver: Saver, stop: StopSignal) -> None:
         # the same step as one CUDA graph; it is recorded anew when the learning rate changes
         take_step = Captured(step, lambda: [group["lr"] for group in optimizer.param_groups], run.device)
 
-    while progress.epoch < training.epochs and not stopped(run, stop):
+    while progress.epoch < training.epochs:
         for group in optimizer.param_groups:
             group["lr"] = training.rate(progress.epoch)
         log.info(line_of_epoch(progress, training))
@@ -61,19 +62,21 @@ def fit(run: Run, saver: Saver, stop: StopSignal) -> None:
             draws = method.draw(rng, len(images), images.shape[2], images.shape[3], progress.epoch)
             try:
                 result = take_step(images, labels, draws)  # go!
-            except (FloatingPointError, ValueError) as error:
-                raise failed(run, error) from error
+            except FloatingPointError as error:
+                raise not_finite(run, progress.step) from error
+            except ValueError as error:  # settings that are too extreme for a solver
+                raise UserError(f"{method.name}, epoch {progress.epoch}, step {progress.step}: {error}") from error
             progress.step += 1
             meter.add(result, labels)
             meter.show(batches)
-            leaves.mixed.collect(progress.epoch, result.mixed, images, draws)
+            records.mixed.collect(progress.epoch, result.mixed, images, draws)
             if save_or_stop(run, saver, stop, meter):
-                break
-        else:  # the epoch is over
-            meter.settle()
-            after_epoch(run, saver, stop, leaves)
-    if stopped(run, stop):
-        saver.save()
+                return True
+        meter.settle()
+        after_epoch(run, saver, records)
+        if save_or_stop(run, saver, stop):
+            return True
+    return False
 
 
 def rest_of_epoch(run: Run) -> tqdm:
@@ -100,42 +103,30 @@ def weight_of(run: Run, images: int) -> float:
     return images * run.world.size / whole
 
 
-# ---------------------------------------------------------------------------------------- after a batch, after an epoch
-
-
-def save_or_stop(run: Run, saver: Saver, stop: StopSignal, meter: Meter) -> bool:
-    """Save where that is due. Whether a signal came, to any process: every few steps they agree."""
-    if run.world.size > 1 and run.progress.step % AGREE_STEPS:
+def save_or_stop(run: Run, saver: Saver, stop: StopSignal, meter: Meter | None = None) -> bool:
+    """Save where that is due: after --checkpoint_minutes, the last epoch, or a signal to any process, on which all
+    agree every few steps. Whether there was such a signal. ``meter``: of an epoch in progress."""
+    if meter and run.world.size > 1 and run.progress.step % AGREE_STEPS:
         return False
-    wanted = distributed.largest(stop.exit_code or int(saver.is_due()), run.device)
-    if wanted:
-        meter.settle()
-    if wanted == 1:
+    due = saver.is_due() or run.progress.epoch >= run.training.epochs
+    agreed = distributed.largest(stop.exit_code or int(due), run.device)
+    if agreed:
+        if meter:
+            meter.settle()
         saver.save()
-    stop.exit_code = max(stop.exit_code, wanted if wanted > 1 else 0)
-    return wanted > 1
+    stop.exit_code = max(stop.exit_code, agreed if agreed > 1 else 0)  # one that came just now counts next time
+    return agreed > 1
 
 
-def stopped(run: Run, stop: StopSignal) -> bool:
-    """Whether a signal came, to any rank; then every rank has its exit code."""
-    agreed = distributed.largest(stop.exit_code, run.device)
-    stop.exit_code = max(stop.exit_code, agreed)  # one that came while the ranks agreed counts next time
-    return agreed > 0
-
-
-def after_epoch(run: Run, saver: Saver, stop: StopSignal, leaves: Leaves) -> None:
-    """Evaluate, save where that is due, and write what the epoch leaves; nothing if a signal came during evaluation,
-    which is then done again."""
+def after_epoch(run: Run, saver: Saver, records: Records) -> None:
+    """Evaluate, and record the epoch."""
     progress, evaluation_began = run.progress, time.monotonic()
     distributed.share_buffers(run.model)
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row.update(epoch=progress.epoch, learning_rate=run.training.rate(progress.epoch), **scores(progress.sums, "train"))
-    try:
-        for name, split in (("valid", run.data.valid), ("test", run.data.test)):
-            if split is not None:
-                row.update(evaluate(run.model, split, run.data, run.device, name, run.world, stop))
-    except Stopped:
-        return
+    for name, split in (("valid", run.data.valid), ("test", run.data.test)):
+        if split is not None:
+            row.update(evaluate(run.model, split, run.data, run.device, name, run.world))
     if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
         raise not_finite(run, progress.step)
     refuse_bad_weights(run)
@@ -149,49 +140,40 @@ def after_epoch(run: Run, saver: Saver, stop: StopSignal, leaves: Leaves) -> Non
     progress.next_epoch(row)
     if best is row or not saver.has_best():
         saver.keep_best()
-    if saver.is_due() or progress.epoch >= run.training.epochs:
-        saver.save()
-    leaves.write()
+    records.write()
 
 
-class Leaves:
-    """What an epoch leaves beside checkpoints: lines, metrics.csv, TensorBoard scalars, pictures."""
+class Records:
+    """What an epoch leaves besides checkpoints: lines, metrics.csv, TensorBoard scalars, pictures."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.plotted = run, -math.inf
         self.mixed = pictures.MixedImages(run.folder, run.data, run.method, run.training.epochs)
-        # readers drop what a killed start wrote from this epoch on
+        # TensorBoard drops what a killed start wrote from this epoch on
         self.scalars = SummaryWriter(str(run.folder), purge_step=run.progress.epoch) if run.folder else None
 
     def write(self) -> None:
         """After the last epoch of ``run.progress.rows``."""
-        rows = self.run.progress.rows
+        run, rows, row = self.run, self.run.progress.rows, self.run.progress.rows[-1]
         for name in ("train", "valid", "test"):
-            if rows[-1][f"{name}_top1"] is not None:
-                log.info(line_of_scores(name.capitalize(), rows[-1], name))
-        log.info(f"  {rows[-1]['seconds']:.1f} s, {rows[-1]['images_per_second']:.0f} images/s in training")
+            if row[f"{name}_top1"] is not None:
+                log.info(line_of_scores(name.capitalize(), row, name))
+        log.info(f"  {row['seconds']:.1f} s, {row['images_per_second']:.0f} images/s in training")
         self.mixed.draw()  # an epoch of fewer batches than the picture has rows
-        if self.run.folder is None or self.scalars is None:
+        if run.folder is None or self.scalars is None:
             return
         try:
-            write_metrics(self.run.folder / "metrics.csv", rows)
-            for name, value in rows[-1].items():
+            write_metrics(run.folder / "metrics.csv", rows)
+            for name, value in row.items():
                 if value is not None and name != "epoch":
-                    self.scalars.add_scalar(name.replace("_", "/", 1), value, rows[-1]["epoch"])
+                    self.scalars.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
             self.scalars.flush()
         except OSError as error:  # a full disk, perhaps; the next epoch writes all rows again
             log.warning(f"warning: {error}; training continues without that file")
-        if time.monotonic() - self.plotted > CURVES_SECONDS:
-            plot_curves(self.run)
+        if run.progress.epoch >= run.training.epochs or time.monotonic() - self.plotted > CURVES_SECONDS:
+            path, mixes = run.folder / "curves.png", run.method.name != "vanilla"
+            pictures.attempt(pictures.plot_curves, path, rows, run.folder.name, run.training.schedule, mixes)
             self.plotted = time.monotonic()
-
-
-def plot_curves(run: Run) -> None:
-    """curves.png of the epochs so far."""
-    if run.folder is not None and run.progress.rows:
-        mixes = run.method.name != "vanilla"
-        path, title = run.folder / "curves.png", run.folder.name
-        pictures.attempt(pictures.plot_curves, path, run.progress.rows, title, run.training.schedule, mixes)
 
 
 class Meter:
@@ -199,8 +181,7 @@ class Meter:
 
     def __init__(self, run: Run) -> None:
         self.run, self.began = run, time.monotonic() - run.progress.seconds
-        start = run.progress.sums if run.world.rank == 0 else [0.0] * 4
-        self.sums = to_device(start, run.device, sum_type(run.device))
+        self.sums = to_device(run.progress.sums if run.world.rank == 0 else [0.0] * 4, run.device, torch.float64)
         self.last: Step | None = None
 
     def add(self, result: Step, labels: Tensor) -> None:
@@ -209,39 +190,33 @@ class Meter:
         count = torch.full((), len(labels), device=labels.device)
         self.sums += torch.stack([result.loss * count, *hits(result.logits, labels), count])
 
-    def read(self) -> list[float]:
-        """This rank's sums; stops the run on a loss that was not finite, for then their sum never is again."""
-        sums = self.sums.tolist()
-        if not math.isfinite(sums[0]):
+    def read(self, sums: Tensor) -> list[float]:
+        """``sums`` on the host, once the device has finished; ends the run if a loss was not finite, as their sum then
+        is."""
+        values = sums.tolist()
+        if not math.isfinite(values[0]):
             raise not_finite(self.run, self.run.progress.step - 1)
-        return sums
+        return values
 
     def settle(self) -> None:
-        """Put the sums of all ranks and the time into the run's progress; waits for the device first."""
-        self.read()
-        self.run.progress.sums = distributed.total(self.sums).tolist()
+        """Put the sums of all ranks and the time into the run's progress."""
+        self.run.progress.sums = self.read(distributed.total(self.sums))
         self.run.progress.seconds = time.monotonic() - self.began
         refuse_dead_network(self.run, self.last)
 
     def show(self, bar: tqdm) -> None:
-        """Loss and accuracy every --print_freq batches: beside the bar, or in a line where there is none."""
-        if self.run.progress.step % self.run.training.print_freq == 0:
-            if bar.disable:
-                log.info(self.line())
-            else:
-                bar.set_postfix_str("loss {train_loss:.4f} acc {train_top1:.2f}".format(**scores(self.read(), "train")))
-        elif self.run.device.type == "cpu":  # nothing to wait for: a bad loss ends the run at once
-            self.read()
-
-    def line(self) -> str:
-        """The published line within an epoch; loss and accuracy of many processes are the first one's."""
-        current, progress, size = scores(self.read(), "train"), self.run.progress, self.run.training.batch_size
-        number = len(self.run.data.train)
-        rate = min(progress.step * size, number) / (time.monotonic() - self.began)
-        return (
-            f"  Epoch: [{progress.epoch:03d}][{progress.step:03d}/{steps_per_epoch(number, size):03d}]   "
-            f"Loss {current['train_loss']:.4f}   Prec@1 {current['train_top1']:.3f}   "
-            f"Prec@5 {current['train_top5']:.3f}   {rate:.0f} images/s"
+        """This process's loss and accuracy every --print_freq batches: alongside the bar, or in the published line."""
+        progress, training, images = self.run.progress, self.run.training, len(self.run.data.train)
+        if progress.step % training.print_freq:
+            return
+        steps, seconds = steps_per_epoch(images, training.batch_size), time.monotonic() - self.began
+        loss, top1, top5 = scores(self.read(self.sums), "train").values()
+        if not bar.disable:
+            bar.set_postfix_str(f"loss {loss:.4f} acc {top1:.2f}")
+            return
+        log.info(
+            f"  Epoch: [{progress.epoch:03d}][{progress.step:03d}/{steps:03d}]   Loss {loss:.4f}   Prec@1 {top1:.3f}   "
+            f"Prec@5 {top5:.3f}   {min(progress.step * training.batch_size, images) / seconds:.0f} images/s"
         )
 
 
@@ -249,13 +224,6 @@ def scores(sums: list[float], prefix: str) -> dict[str, float]:
     """Means from the sums of loss, top-1 and top-5 hits over images."""
     loss, top1, top5, count = sums
     return {f"{prefix}_loss": loss / count, f"{prefix}_top1": 100 * top1 / count, f"{prefix}_top5": 100 * top5 / count}
-
-
-# ----------------------------------------------------------------------------------------------------------- evaluation
-
-
-class Stopped(Exception):
-    """A signal came during evaluation, which can be done again."""
 
 
 def hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,27 +234,19 @@ def hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    split: Split,
-    data: Data,
-    device: torch.device,
-    prefix: str,
-    world: World | None = None,
-    stop: StopSignal | None = None,
+    model: nn.Module, split: Split, data: Data, device: torch.device, prefix: str, world: World | None = None
 ) -> dict[str, float]:
     """Top-1, top-5 (in %) and mean cross-entropy of a split, without augmentation.
 
-    A single process gives up with ``Stopped`` when ``stop`` has seen a signal. Ranks take the batches in turn; their
-    sums are added in the order of the batches, so that the numbers are those of a single process to the last bit.
+    Ranks take the batches in turn; their sums are added in the order of the batches, so that the numbers are those of
+    a single process to the last bit.
     """
     world = world or World()
     was_training = model.training
     model.eval()
     size = max(1, EVALUATION_BATCH[device.type] * 32**2 // max(32**2, math.prod(data.image_size)))
-    sums = torch.zeros(steps_per_epoch(len(split), size), 3, device=device, dtype=sum_type(device))
+    sums = torch.zeros(steps_per_epoch(len(split), size), 3, device=device, dtype=torch.float64)
     for number, (images, labels) in enumerate(test_batches(split, data, batch_size=size, device=device)):
-        if stop is not None and stop.exit_code and world.size == 1:
-            raise Stopped
         if number % world.size == world.rank:
             logits = model(images).float()
             loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -295,34 +255,18 @@ def evaluate(
     return scores([*distributed.total(sums).sum(dim=0).tolist(), len(split)], prefix)
 
 
-def sum_type(device: torch.device) -> torch.dtype:
-    """Sums are float64, which MPS does not have."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-# ---------------------------------------------------------------------------------------------- numbers that went wrong
-
-
-def failed(run: Run, error: Exception) -> UserError:
-    """The error for a step that a method could not take, with the place where it happened."""
-    if isinstance(error, FloatingPointError):
-        return not_finite(run, run.progress.step)
-    where = f"epoch {run.progress.epoch}, step {run.progress.step}"
-    return UserError(f"{run.method.name} stops in {where}: {error}. Try less extreme settings")
-
-
 def refuse_dead_network(run: Run, last: Step | None) -> None:
     """Stop a network that will never learn again: every gradient of the last batch is exactly 0, on every process, and
     the batch's loss is above that of equal probabilities, so that it is not a perfect fit. At equal probabilities
     gradients may cancel by chance, as in a balanced batch: such a network continues."""
     if last is None:
         return
-    gradients = (parameter.grad for parameter in run.model.parameters() if parameter.grad is not None)
-    if distributed.largest(int(any(bool(gradient.any()) for gradient in gradients)), run.device):
+    alive = any(bool(parameter.grad.any()) for parameter in run.model.parameters() if parameter.grad is not None)
+    if distributed.largest(int(alive), run.device):
         return
     count, classes = last.logits.shape
     part = [count * bce_loss(last.logits, last.mixed.targets).item(), count]
-    total, images = distributed.total(to_device(part, run.device, sum_type(run.device))).tolist()
+    total, images = distributed.total(to_device(part, run.device, torch.float64)).tolist()
     loss, equal = total / images, (math.log(classes) - (classes - 1) * math.log1p(-1 / classes)) / classes
     if distributed.largest(int(loss > equal * (1 + ROUNDING)), run.device):
         raise distributed.common_error(
