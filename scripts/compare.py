@@ -152,8 +152,8 @@ def saliency_of(sources: Sources, args: argparse.Namespace) -> tuple[Tensor, flo
     fine-grained maps. And SAGE's blur, in pixels, and where the maps come from."""
     short = min(sources.pixels.shape[2:])
     if args.checkpoint is None:
-        maps = fine_grained_saliency(to_bytes(sources.pixels)).clamp(min=1).float()  # no pixel has no weight at all
-        return maps, short / SIDE, "fine-grained map"
+        maps = fine_grained_saliency((255 * sources.pixels).round().byte())
+        return maps.clamp(min=1).float(), short / SIDE, "fine-grained map"  # no pixel has no weight at all
     network, about = load_network(args.checkpoint, arch=args.arch, dataset=args.trained_on)
     scale = min(about.image_size) / short
     size = [round(scale * side) for side in sources.pixels.shape[2:]]
@@ -168,10 +168,6 @@ def saliency_of(sources: Sources, args: argparse.Namespace) -> tuple[Tensor, flo
 
     gradient, _ = saliency_pass(logits_of, sources.pixels, loss_of)
     return mean_magnitude(gradient), max(1, 1 / scale), f"{about.arch},\n{about.dataset or 'unnamed images'}"
-
-
-def to_bytes(pixels: Tensor) -> Tensor:
-    return (255 * pixels).round().to(torch.uint8)
 
 
 class Chosen(np.random.Generator):
@@ -231,7 +227,7 @@ def features_of(pixels: Tensor) -> Tensor:
 def steps_of(method: Method, sources: Sources, mixed: Mixed, draws: Any, output: int) -> Iterator[Tile]:
     """What leads to a mixed image: saliency, and what shows where."""
     if method.name == "saliencymix":
-        yield Tile("Saliency of b", fine_grained_saliency(to_bytes(sources.pixels[1:2]))[0].float())
+        yield Tile("Saliency of b", fine_grained_saliency((255 * sources.pixels[1:2]).round().byte())[0].float())
     if mixed.partner is None and mixed.saliency is not None:  # of all three images
         maps = mixed.saliency[0]
         yield from (Tile(f"Saliency of {letter}", of) for letter, of in zip("abc", maps, strict=True))

@@ -421,17 +421,20 @@ def plot_results(job: Job, records: Sequence[Record]) -> None:
                 shown[label] = {float(size): value for size, value in record["numbers"].items()}
         if shown:
             title = job.title(f"{attacks[-1]['how']['images']:,} images")
-            clean_top1 = attacks[-1]["detail"]["clean_top1"]
-            pictures.attempt(pictures.plot_attacks, job.picture(name, "attacks"), clean_top1, shown, title)
-    clean = {record["set"]: record for record in records if record["part"] == "clean"}
-    ece = {record["set"]: record["numbers"]["ece"] for record in records if record["part"] == "calibration"}
-    rows = [
-        {"name": name, "images": record["how"]["images"], "top1": record["numbers"]["top1"],
-         "own_top1": record["numbers"]["top1"] + record["numbers"]["drop"], "ece": ece.get(name)}
-        for name, record in clean.items() if name != "test"
-    ]  # fmt: skip
-    if rows:
-        pictures.attempt(pictures.plot_shifts, job.picture("test", "shift"), rows, job.title())
+            sizes = sorted({size for found in shown.values() for size in found})
+            bars = {label: [found.get(size, math.nan) for size in sizes] for label, found in shown.items()}
+            bars = {"no attack": [attacks[-1]["detail"]["clean_top1"]] * len(sizes), **bars}
+            groups = [f"ε = {size:g}/255" for size in sizes]
+            pictures.attempt(pictures.plot_bars, job.picture(name, "attacks"), groups, bars, title)
+    shifts = {record["set"]: record for record in records if record["part"] == "clean" and record["set"] != "test"}
+    scored = [record for record in records if record["part"] == "calibration"]
+    ece = {record["set"]: f"\nECE {record['numbers']['ece']:.1f}%" for record in scored}
+    if shifts:
+        groups = [f"{name}\n{one['how']['images']:,} images{ece.get(name, '')}" for name, one in shifts.items()]
+        numbers = [record["numbers"] for record in shifts.values()]
+        bars = {"in-distribution test set": [each["top1"] + each["drop"] for each in numbers]}
+        bars["this test set"] = [each["top1"] for each in numbers]
+        pictures.attempt(pictures.plot_bars, job.picture("test", "shift"), groups, bars, job.title())
 
 
 if __name__ == "__main__":

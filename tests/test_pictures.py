@@ -165,10 +165,3 @@ def test_a_legend_lies_outside_the_bars(plotted: list[Figure]) -> None:
     assert legend is not None
     FigureCanvasAgg(plotted[0]).draw()
     assert legend.get_window_extent().x0 >= above.get_window_extent().x1
-
-
-def test_bars_stand_beside_what_they_are_held_against(plotted: list[Figure]) -> None:
-    pictures.plot_attacks(Path("a.png"), 80.0, {"FGSM": {8.0: 20.0, 2.0: 50.0}, "PGD": {2.0: 40.0}}, "SAGE")
-    (panel,) = plotted[0].axes
-    assert texts(panel.get_xticklabels()) == ["2/255", "8/255"]
-    assert texts(panel.texts) == ["80.0", "80.0", "50.0", "20.0", "40.0", ""]

@@ -111,8 +111,7 @@ class MixedImages:
         self.texts: list[str] = []
 
     def collect(self, epoch: int, mixed: Mixed, images: torch.Tensor, draws: Any) -> None:
-        """Keep a pair of this batch: both images, both saliency maps, the mask, the mixed image, λ and the target's
-        shares. Draw the picture once there are enough."""
+        """Keep a pair of this batch, with λ and the target's shares; draw the picture once there are enough."""
         if epoch != self.epoch:
             names = (MIXED, MIXED_LAST) if epoch == self.epochs - 1 else (MIXED,)
             paths = [self.folder / name for name in names] if self.folder else []
@@ -250,8 +249,7 @@ def _by_label(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], title: str, top1: float) -> None:
-    """Shares of each true class, in %, with numbers and names where they fit; ``confusion`` [K, K] counts images, a row
-    a true class."""
+    """Shares of each true class in %, with text if it fits; ``confusion`` [K, K] counts images, a row a true class."""
     shares = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     few = len(classes) <= 20
     figure, panel = one_panel(7, 6.2, f"{title}\ntop-1 {top1:.2f}%")
@@ -313,43 +311,21 @@ def _write_numbers(panel: Any, values: np.ndarray, dark: float, size: float) -> 
 
 
 def plot_corrupted_images(path: Path, shown: dict[str, list[torch.Tensor]], title: str) -> None:
-    """One image, uint8 [3, H, W], under every corruption, severities downwards; below the clean image where the lists
-    begin with it."""
+    """One image, uint8 [3, H, W], under every corruption, severities downwards, below the clean one if it is there."""
     columns = {name.replace("_", " "): [image / 255 for image in images] for name, images in shown.items()}
     severities = ["clean", *(f"severity {number}" for number in range(1, 6))]
     plot_images(path, columns, severities[-len(next(iter(shown.values()))) :], title)
 
 
-def plot_attacks(path: Path, clean: float, accuracies: dict[str, dict[float, float]], title: str) -> None:
-    """Top-1 accuracy in % under attacks of each size (of 255), next to that of the same images without attack."""
-    frame = pd.DataFrame(accuracies).sort_index()
-    series = {"no attack": [clean] * len(frame), **frame.to_dict("list")}
-    figure, panel = _bars([f"{size:g}/255" for size in frame.index], series, title)
-    panel.set_xlabel("largest change of a pixel")
-    save(figure, path)
-
-
-def plot_shifts(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Top-1 accuracy in % on other test sets (``name``, ``images``, ``top1``, ``own_top1``, ``ece`` or None), each next
-    to that on the same classes of the in-distribution test set."""
-    names = [f"{row['name']}\n{row['images']:,} images" for row in rows]
-    names = [n if row["ece"] is None else f"{n}\nECE {row['ece']:.1f}%" for n, row in zip(names, rows, strict=True)]
-    series = {"in-distribution test set": "own_top1", "this test set": "top1"}
-    figure, _ = _bars(names, {label: [row[key] for row in rows] for label, key in series.items()}, title)
-    save(figure, path)
-
-
-def _bars(groups: Sequence[str], series: dict[str, list[float]], title: str) -> tuple[Figure, Any]:
-    """Top-1 accuracy in % as groups of bars, a bar a series in each; the first series is what the others are held
-    against. NaN: no bar."""
+def plot_bars(path: Path, groups: Sequence[str], series: dict[str, list[float]], title: str) -> None:
+    """Top-1 accuracy in % as groups of bars, a bar a series in each (NaN: none); the first series is the reference."""
     figure, panel = one_panel(2.4 + 0.6 * len(groups) * len(series), 3.8, title)
     width = 0.8 / len(series)
     for i, (label, values) in enumerate(series.items()):
         places = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
-        colour = (GREY, BLUE, RED, GREEN)[i % 4]
-        bars = panel.bar(places, values, 0.95 * width, label=label, color=colour)
+        bars = panel.bar(places, values, 0.95 * width, label=label, color=(GREY, BLUE, RED, GREEN)[i % 4])
         panel.bar_label(bars, fmt="%.1f", padding=2)
     panel.set_xticks(range(len(groups)), groups)
     panel.set(ylim=(0, 108), ylabel="top-1 accuracy [%]")
     figure.legend(loc="outside lower center", ncols=len(series))
-    return figure, panel
+    save(figure, path)
