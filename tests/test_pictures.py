@@ -155,13 +155,3 @@ def test_the_users_matplotlibrc_and_letters_without_glyphs_do_not_matter(
         one, two = ((tmp_path / f"{name}.{kind}").read_bytes() for name in "ab")
         assert one[:4] == magic
         assert one == two
-
-
-def test_a_legend_lies_outside_the_bars(plotted: list[Figure]) -> None:
-    bins = [(0, np.nan, np.nan), (10, 0.5, 0.75)]
-    pictures.plot_reliability(Path("a.png"), bins, 25.0, 75.0, 50.0, "SAGE")
-    above = plotted[0].axes[0]
-    legend = above.get_legend()
-    assert legend is not None
-    FigureCanvasAgg(plotted[0]).draw()
-    assert legend.get_window_extent().x0 >= above.get_window_extent().x1
