@@ -140,9 +140,9 @@ def check_steps(method: Method) -> list[Step]:
     """From now on a step of ``method`` fails where it promises too much; returns the list that they are added to."""
     original, taken = method.step, []
 
-    def step(model: nn.Module, images: Tensor, labels: Tensor, draws: Any) -> Step:
+    def step(model: nn.Module, images: Tensor, labels: Tensor, draws: Any, saliency: Tensor | None = None) -> Step:
         images_before, labels_before, draws_before = images.clone(), labels.clone(), copy.deepcopy(vars(draws))
-        result = original(model, images, labels, draws)
+        result = original(model, images, labels, draws, saliency=saliency)
         assert torch.equal(images, images_before)
         assert torch.equal(labels, labels_before)
         np.testing.assert_equal(vars(draws), draws_before)
@@ -244,14 +244,14 @@ def test_one_step_of_every_architecture(name: str, arch: str, folders: dict[str,
     assert sum(p.grad.abs().sum() for p in run.model.parameters() if p.grad is not None) > 0
 
 
-@pytest.mark.parametrize("flat", ["images", "network", "both"])
+@pytest.mark.parametrize("flat", ["images", "network", "both", "all but a pixel"])
 @pytest.mark.parametrize("size", [1, 2, 5])
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("name", METHODS)
 def test_small_batches_of_one_colour_and_no_saliency(
     name: str, solver: str, size: int, flat: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Images of one colour, and a network whose gradient in the pixels is zero everywhere."""
+    """Images of one colour, and a network whose gradient in the pixels is zero everywhere, or but in a pixel."""
     if name in NEED_SOLVER:
         hide(solver, monkeypatch)
     elif solver != SOLVERS[0]:
@@ -261,12 +261,16 @@ def test_small_batches_of_one_colour_and_no_saliency(
     images, labels = torch.randn(size, 3, 16, 24), torch.arange(size)
     if flat != "network":
         images = torch.linspace(-1, 1, size)[:, None, None, None].expand_as(images).clone()
-    if flat != "images":
+    if flat in ("network", "both"):
         nn.init.zeros_(model.linear.weight)  # type: ignore[arg-type]
-    method = build_method(name, "cifar10", 10)
+    method, saliency = build_method(name, "cifar10", 10), None
+    if flat == "all but a pixel" and method.takes_saliency:
+        saliency = torch.zeros(size, 16, 24)
+        saliency[:, 3, 5] = 1
     taken = check_steps(method)
     for seed in range(3):
-        method.step(model, images, labels, method.draw(np.random.default_rng(seed), size, 16, 24)).loss.backward()
+        draws = method.draw(np.random.default_rng(seed), size, 16, 24)
+        method.step(model, images, labels, draws, saliency=saliency).loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-    if flat != "images":
+    if flat in ("network", "both"):
         assert all((step.mixed.saliency[0] == 1).all() for step in taken if step.mixed.saliency)

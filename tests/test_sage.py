@@ -16,13 +16,7 @@ from torchvision.transforms.functional import gaussian_blur as torchvision_blur
 
 from mixup import build_method
 from mixup.base import bce_loss, one_hot
-from mixup.sage import (
-    Sage,
-    SageDraws,
-    best_offsets,
-    blend,
-    gaussian_blur,
-)
+from mixup.sage import Sage, SageDraws, best_offsets, blend, gaussian_blur
 from mixup.search import LEADERS, SHORT_LIST, _list_scores, approximate_scores, exact_scores
 from models import build_model
 from tests.common import golden, load_fixed_weights, normalise
@@ -50,12 +44,8 @@ def true_scores(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
 
 def shares(maps_a: Tensor, maps_b: Tensor, lam: float) -> tuple[Tensor, Tensor]:
-    lam_b = max(1 - lam, 1e-12)
-    lam_a = max(lam, 1e-12)
-    return (
-        lam_a * maps_a / maps_a.sum(dim=(1, 2), keepdim=True),
-        lam_b * maps_b / maps_b.sum(dim=(1, 2), keepdim=True),
-    )
+    a, b = (maps / maps.sum(dim=(1, 2), keepdim=True) for maps in (maps_a, maps_b))
+    return max(lam, 1e-12) * a, max(1 - lam, 1e-12) * b
 
 
 def smooth_maps(batch: int, height: int, width: int, seed: int, peaked: float = 1.0) -> Tensor:
@@ -119,13 +109,8 @@ def test_golden_objective(i: int) -> None:
 def run_golden_step(name: str) -> tuple[dict[str, Any], nn.Module, list[SimpleNamespace]]:
     case = golden(name)
     model = load_fixed_weights(build_model(str(case["arch"]), int(case["num_classes"])))
-    optimiser = torch.optim.SGD(
-        model.parameters(),
-        float(case["lr"]),
-        momentum=float(case["momentum"]),
-        weight_decay=float(case["weight_decay"]),
-        nesterov=True,
-    )
+    rates = {"momentum": float(case["momentum"]), "weight_decay": float(case["weight_decay"]), "nesterov": True}
+    optimiser = torch.optim.SGD(model.parameters(), float(case["lr"]), **rates)  # type: ignore[arg-type]
     ratio = float(case["update_ratio"])
     method = Sage(int(case["num_classes"]), update_ratio=ratio, eval_mode=bool(case["eval_mode"]))
     steps = []
@@ -138,13 +123,8 @@ def run_golden_step(name: str) -> tuple[dict[str, Any], nn.Module, list[SimpleNa
         step.loss.backward()
         optimiser.step()
         assert step.mixed.mask is not None
-        steps.append(
-            SimpleNamespace(
-                loss=(step.loss - step.mixed.clean_loss).item() / ratio,
-                ratio=step.mixed.mask.mean(dim=(1, 2)),
-                step=step,
-            )
-        )
+        loss = (step.loss - step.mixed.clean_loss).item() / ratio
+        steps.append(SimpleNamespace(loss=loss, ratio=step.mixed.mask.mean(dim=(1, 2)), step=step))
     return case, model, steps
 
 
@@ -370,14 +350,8 @@ def test_blend_names_bad_arguments() -> None:
 
 def tiny_network(num_classes: int = 10) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(6, num_classes),
-    )
+    body = [nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*body, nn.Linear(6, num_classes))
 
 
 def tiny_batch(batch: int = 4, height: int = 12, width: int = 9) -> tuple[Tensor, Tensor]:
@@ -439,16 +413,9 @@ def test_alpha_zero_is_half_of_the_upper_lambda() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("upper_lambda", 2),
-        ("mixup_alpha", -1),
-        ("blur_sigma", 0),
-        ("kernel_size", 4),
-        ("kernel_size", 0),
-        ("rand_pos", 1.1),
-        ("update_ratio", -1),
-    ],
-)
+    [("upper_lambda", 2), ("mixup_alpha", -1), ("blur_sigma", 0), ("kernel_size", 4), ("kernel_size", 0),
+     ("rand_pos", 1.1), ("update_ratio", -1)],
+)  # fmt: skip
 def test_settings_out_of_range(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name}.*{value}"):
         Sage(10, **{name: value})  # type: ignore[arg-type]
@@ -472,16 +439,7 @@ def test_settings_are_numbers_of_any_type() -> None:
             build_method("sage", "cifar10", 10, kernel_size=wrong)
 
 
-def test_no_clean_gradient_at_ratio_one() -> None:
-    model, (images, labels) = tiny_network(), tiny_batch()
-    method = Sage(10)
-    step = method.step(model, images, labels, draws_for(method, images))
-    assert all(p.grad is None for p in model.parameters())
-    assert step.mixed.targets is not None
-    torch.testing.assert_close(step.loss, bce_loss(step.logits, step.mixed.targets))
-
-
-@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.7, 1.0])
 def test_clean_gradient_has_its_share(ratio: float) -> None:
     model, (images, labels) = tiny_network(), tiny_batch()
     expected = torch.autograd.grad((1 - ratio) * bce_loss(model(images), one_hot(labels, 10)), model.parameters())
@@ -539,40 +497,6 @@ def test_step_fills_in_the_picture(lam: float, rand_pos: float) -> None:
     torch.testing.assert_close(
         step.mixed.targets, ratio * one_hot(labels, 10) + (1 - ratio) * one_hot(labels, 10)[permutation]
     )
-
-
-def test_lam_may_be_any_kind_of_number() -> None:
-    images, labels = tiny_batch()
-    method = Sage(10)
-    draws = draws_for(method, images)
-    results = []
-    for lam in (0.3, np.float64(0.3), np.array(0.3), torch.tensor(0.3)):
-        draws.lam = lam
-        results.append(method.step(tiny_network(), images, labels, draws))
-    for result in results[1:]:
-        torch.testing.assert_close(result.mixed.images, results[0].mixed.images)
-
-
-def test_batch_of_one() -> None:
-    model, (images, labels) = tiny_network(), tiny_batch(1)
-    method = Sage(10, rand_pos=1.0)
-    step = method.step(model, images, labels, draws_for(method, images))
-    step.loss.backward()
-    torch.testing.assert_close(step.mixed.targets, one_hot(labels, 10))
-
-
-def test_zero_saliency() -> None:
-    """A network whose output does not depend on the image: constant maps, no NaN."""
-    model, (images, labels) = tiny_network(), tiny_batch()
-    nn.init.zeros_(model[-1].weight)  # type: ignore[index,arg-type]
-    method = Sage(10, rand_pos=1.0)
-    step = method.step(model, images, labels, draws_for(method, images))
-    step.loss.backward()
-    assert step.mixed.saliency is not None
-    assert (step.mixed.saliency[0] == 1).all()
-    assert step.mixed.images is not None
-    assert step.mixed.images.isfinite().all()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_images_too_small_for_the_blur() -> None:

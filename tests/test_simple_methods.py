@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -320,43 +319,6 @@ def test_schedule_of_the_share(name: str) -> None:
 # --- the steps ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [1, 2, 7])
-@pytest.mark.parametrize("constant", [False, True])
-def test_a_step_is_sound(name: str, size: int, constant: bool) -> None:
-    images, labels = batch(size, 16, 24)
-    if constant:
-        images = torch.full_like(images, 0.5)
-    before, labels_before = images.clone(), labels.clone()
-    torch.manual_seed(0)
-    model = build_model("preactresnet18", 10, initial_channels=4)
-    method = make(name)
-    draws = drawn(method, size, 16, 24)
-    draws_before = copy.deepcopy(vars(draws))
-    step = method.step(model, images, labels, draws)
-    step.loss.backward()
-    assert step.loss.isfinite()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    torch.testing.assert_close(step.mixed.targets.sum(dim=1), torch.ones(size))
-    assert step.mixed.targets.min() >= 0
-    assert step.logits.shape == (size, 10)
-    torch.testing.assert_close(step.loss, bce_loss(step.logits, step.mixed.targets))
-    assert torch.equal(images, before)
-    assert torch.equal(labels, labels_before)
-    np.testing.assert_equal(vars(draws), draws_before)
-    assert model.training
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_step_reads_arrays_numbers_and_tensors_alike(name: str) -> None:
-    method, (images, labels) = make(name), batch(5)
-    draws = drawn(method, 5)
-    as_tensors = SimpleNamespace(**{k: v if k == "mix_at" else torch.as_tensor(v) for k, v in vars(draws).items()})
-    first, second = (method.step(Probe(), images, labels, d) for d in (draws, as_tensors))
-    assert torch.equal(first.logits, second.logits)
-    torch.testing.assert_close(first.mixed.targets, second.mixed.targets)
-
-
 @pytest.mark.parametrize("name", ["input", "cutmix", "saliencymix"])
 def test_what_a_step_shows_fits_together(name: str) -> None:
     method, (images, labels) = make(name), batch(6, 16, 24)
@@ -458,15 +420,6 @@ def test_saliencymix_cuts_around_the_peak_of_the_first_partner() -> None:
 def test_saliencymix_sees_the_bytes_the_images_were_made_of() -> None:
     every_byte = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     assert torch.equal(make("saliencymix")._bytes(normalise(every_byte.numpy())), every_byte)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_channels_last_images_stay_so(name: str) -> None:
-    images, labels = batch(4)
-    images = images.contiguous(memory_format=torch.channels_last)
-    method = make(name)
-    mixed = method.step(Probe(), images, labels, drawn(method, 4)).mixed.images
-    assert mixed is None or mixed.is_contiguous(memory_format=torch.channels_last)
 
 
 # --- the settings ------------------------------------------------------------
