@@ -43,7 +43,7 @@ from models import ARCHITECTURES, build_model
 from utils import images, pictures
 from utils.checkpoint import load_network
 from utils.errors import UserError, exit_code
-from utils.options import Parser, number, one_of
+from utils.options import Parser, given_names, number, one_of
 
 SIDE = 32  # images are cropped to multiples of it; without a network, SAGE's blur is a pixel of images of this side
 INCHES = 1.15  # of an image
@@ -74,6 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"name three images or a --dataset, not {len(args.images)} images")
     if args.out.suffix not in (".png", ".pdf"):
         parser.error(f"--out {args.out} must end in .png or .pdf")
+    given = given_names(make_parser(), sys.argv[1:] if argv is None else argv)
+    for names, needed in (({"data_dir"}, "dataset"), ({"arch", "trained_on"}, "checkpoint")):
+        if (unused := names & given) and needed not in given:
+            parser.error(f"--{min(unused)} would have no effect without --{needed}")
+    if {"out", "strips"} <= given:
+        parser.error("--out would have no effect with --strips")
     return exit_code(parser, lambda: compare(args))
 
 
