@@ -138,10 +138,7 @@ def sources(
         values.eta / cells * np.log(shares.reshape(-1, n, 1) + 1e-8)
     )
     first, second = _minimise(
-        np.ascontiguousarray(cost.transpose(0, 2, 1)),
-        start.reshape(-1, n, cells),
-        matrix.reshape(-1, n, n),
-        values,
+        np.ascontiguousarray(cost.transpose(0, 2, 1)), start.reshape(-1, n, cells), matrix.reshape(-1, n, n), values
     )
     return first.reshape(start.shape), second.reshape(start.shape)
 
@@ -169,10 +166,7 @@ def _at_once(pooled: Tensor, compatibility: Any) -> tuple[Any, Any]:
 
 
 def _minimise(
-    cost: NDArray[np.float32],
-    start: NDArray[np.int64],
-    matrix: NDArray[np.float32],
-    values: AssignValues,
+    cost: NDArray[np.float32], start: NDArray[np.int64], matrix: NDArray[np.float32], values: AssignValues
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The rounds over all outputs: cost [P, G, n], start [P, n, G], A [P, n, n] to two image indices [P, n, G].
 

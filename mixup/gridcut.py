@@ -206,11 +206,7 @@ def _sink_side(saving: NDArray, tail: NDArray, head: NDArray, capacity: NDArray)
 
 
 def swap_each(
-    unary: NDArray,
-    distance: NDArray,
-    vertical: NDArray,
-    horizontal: NDArray,
-    allowed: Sequence[NDArray[np.int64]],
+    unary: NDArray, distance: NDArray, vertical: NDArray, horizontal: NDArray, allowed: Sequence[NDArray[np.int64]]
 ) -> NDArray[np.int64]:
     """``swap`` of every grid of a batch as if it were alone, each with its labels.
 

@@ -145,12 +145,7 @@ def puzzle_mix(
 
 
 def _blend(
-    a: Tensor,
-    b: Tensor,
-    saliency: Tensor,
-    permutation: Tensor,
-    mask: Tensor,
-    values: MaskValues,
+    a: Tensor, b: Tensor, saliency: Tensor, permutation: Tensor, mask: Tensor, values: MaskValues
 ) -> tuple[Tensor, Tensor]:
     """Images a and b [B, C, H, W], their blocks moved if ``transport``, weighted by ``mask`` [B, n, n]; its mean."""
     height, width = a.shape[2:]

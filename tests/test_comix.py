@@ -400,15 +400,6 @@ def test_step_is_co_mix_part_by_part(size: int) -> None:
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def test_without_clean_loss_the_saliency_pass_leaves_no_gradient() -> None:
-    method, model, images, labels, draws = setting(6, clean_lam=0.0)
-    step = method.step(model, images, labels, draws)
-    assert all(p.grad is None for p in model.parameters())
-    kept = setting(6)[0].step(setting(6)[1], images, labels, draws)
-    # saliency counts relatively: the clean loss changes nothing else
-    torch.testing.assert_close(step.mixed.images, kept.mixed.images)
-
-
 def test_only_the_end_of_the_batch_is_mixed() -> None:
     method, model, images, labels, draws = setting(10, prob_mix=0.5, m_part=3)
     step = method.step(model, images, labels, draws)
@@ -421,21 +412,3 @@ def test_only_the_end_of_the_batch_is_mixed() -> None:
     assert step.mixed.targets[8:, labels[5:8]].sum() == 0
     torch.testing.assert_close(step.mixed.targets.sum(1), torch.ones(10))
     assert torch.equal(step.mixed.mask[:5], torch.ones(5, 16, 16))
-
-
-def test_nothing_to_mix_is_a_clean_step() -> None:
-    method, model, images, labels, draws = setting(4, mix_schedule="delayed")
-    step = method.step(model, images, labels, draws)
-    assert model.modes == [(True, 4)]
-    assert torch.equal(step.mixed.targets, one_hot(labels, 10))
-    with pytest.raises(ValueError, match="draws for 4"):
-        method.step(model, images[:3], labels[:3], setting(4)[4])
-
-
-def test_images_without_gradient() -> None:
-    method, model, images, labels, draws = setting(5)
-    for parameter in model.parameters():
-        nn.init.zeros_(parameter)
-    step = method.step(model, torch.zeros_like(images), labels, draws)
-    assert step.loss.isfinite()
-    torch.testing.assert_close(step.mixed.targets.sum(1), torch.ones(5))

@@ -147,13 +147,6 @@ def test_every_method_trains_compiled(name: str) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["puzzle", "saliencymix"])
-def test_mean_and_std_are_asked_for_in_the_first_step(name: str) -> None:
-    for seed in range(4):
-        with pytest.raises(ValueError, match="give mean and std"):
-            build_method(name, "mine", 10, seed=seed).step(network(), *batch())
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_one_channel(name: str) -> None:
     method = build_method(name, "mine", 10, mean=(0.5,), std=(0.25,), **({"adv_p": 1} if name == "puzzle" else {}))

@@ -319,15 +319,9 @@ def test_ratio_and_inputs(seed, shape, n_labels, t_size, transport, lam):
     ],
 )
 def test_bad_arguments(change, message):
-    good = {
-        "images": torch.zeros(2, 3, 32, 32),
-        "saliency": torch.ones(2, 32, 32),
-        "permutation": torch.tensor([1, 0]),
-        "lam": 0.5,
-        "num_blocks": 4,
-        "mean": MEAN,
-        "std": STD,
-    }
+    images, saliency, permutation = torch.zeros(2, 3, 32, 32), torch.ones(2, 32, 32), torch.tensor([1, 0])
+    good = {"images": images, "saliency": saliency, "permutation": permutation, "lam": 0.5, "num_blocks": 4}
+    good |= {"mean": MEAN, "std": STD}
     with pytest.raises(ValueError, match=message):
         puzzle_mix(**{**good, **change})
 
@@ -449,27 +443,6 @@ def test_part_of_a_batch(batch, clean):
         torch.testing.assert_close(step.mixed.targets[clean:], alone.mixed.targets)
         assert torch.equal(step.mixed.partner[:clean], images[:clean])
         assert (step.mixed.mask[:clean] == 1).all()
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_tiny_batches_and_constant_images(size):
-    model, images = Small(), torch.full((size, 3, 32, 32), 0.3)
-    with torch.no_grad():
-        model.head.weight.zero_()  # zero gradient, zero saliency
-    method = puzzle(t_size=4)
-    draws = method.draw(np.random.default_rng(0), size, 32, 32)
-    step = method.step(model, images, torch.zeros(size, dtype=torch.int64), draws)
-    assert step.loss.isfinite()
-    assert step.mixed.images.isfinite().all()
-    assert torch.equal(step.mixed.saliency[0], torch.ones(size, 32, 32))
-
-
-def test_a_diverged_network_gives_a_nan_loss_and_no_error(batch):
-    model, images, labels = batch
-    with torch.no_grad():
-        model.conv.weight.fill_(math.nan)
-    draws = SimpleNamespace(lam=0.4, permutation=np.arange(6), num_blocks=4)
-    assert puzzle(t_size=4).step(model, images, labels, draws).loss.isnan()
 
 
 @pytest.mark.parametrize("perturbed", [(True, False), (False, True), (True, True), (False, False)])

@@ -392,11 +392,7 @@ def test_the_watch_sees_it_within_a_step(spoil: str, simulation: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("mistake", "message"),
-    [
-        (lambda x: x + torch.zeros(4), "device"),
-        (lambda x: x[x > 0], "Dynamic|nonzero"),
-    ],
+    ("mistake", "message"), [(lambda x: x + torch.zeros(4), "device"), (lambda x: x[x > 0], "Dynamic|nonzero")]
 )
 def test_the_simulation_refuses(mistake: Callable[[Tensor], object], message: str, simulation: Any) -> None:
     with pytest.raises(Exception, match=message), Watch():
