@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "puzzle clean": {"clean_lam": 1},
     "puzzle adversarial": {"clean_lam": 1, "adv_p": 1},
     "comix": {"m_part": 3},
+    "comix alone": {"m_part": 3, "clean_lam": 0},
     "sage": {"update_ratio": 0.7, "rand_pos": 0.1},
     "sage eval": {"update_ratio": 0.7, "rand_pos": 0.1, "eval_mode": True},
     "sage alone": {"update_ratio": 1.0, "rand_pos": 0.1},
