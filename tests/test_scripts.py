@@ -163,7 +163,8 @@ def test_more_offsets_keep_more_of_the_score(tmp_path: Path, monkeypatch: pytest
     torch.manual_seed(0)
     settings = {"dataset": "digits", "arch": "preactresnet18", "initial_channels": 2, "method": method}
     weights = build_model("preactresnet18", 10, initial_channels=2).state_dict()
-    state = {"settings": settings, "state_dict": weights, "progress": {"rows": []}}
+    state = {"settings": settings, "state_dict": weights, "progress": {"rows": []}, "digests": {"test": ""}}
+    state |= {"classes": [*"0123456789"], "image_size": (32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3}
     torch.save(state, tmp_path / "c.pth.tar")
     words = ["--checkpoint", tmp_path / "c.pth.tar", "--data_dir", tmp_path, "--ngpu", 0, "--plot", tmp_path / "p.png"]
     said = run("study_offsets.py", *words).stdout

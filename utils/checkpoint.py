@@ -17,7 +17,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,12 @@ from models import build_model
 
 from . import distributed, options
 from .errors import BadArguments, UserError
-from .files import atomic_write, link
-from .run import Identity, Progress, Run, differences, log, refuse_another, write_metrics
+from .files import atomic_write
+from .run import Identity, Progress, Run, differences, log, refuse_another
 
 LAST, PREVIOUS, BEST = "checkpoint.pth.tar", "checkpoint_previous.pth.tar", "model_best.pth.tar"
 NESTED = ("state_dict", "model_state_dict", "model", "net")  # where training loops keep weights
 PREFIXES = re.compile(r"^((module|_orig_mod|model|net)\.)+")  # of DataParallel, torch.compile, and Lightning modules
-
-
-class DamagedCheckpoint(UserError):
-    """A checkpoint whose content is not what was written."""
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -67,27 +63,18 @@ class Saver:
             self.best = copy.deepcopy(state_of(self.run))
 
     def save(self) -> None:
-        """Write what changed; a failing disk stops the run with one line, and the earlier checkpoints stay."""
+        """Write what changed; a full disk is an ``OSError``, and the earlier checkpoints stay."""
         refuse_bad_weights(self.run)
-        self.saved, folder = time.monotonic(), self.run.folder
-        if folder is None:
-            return
-        try:
-            write(state_of(self.run), folder, self.best)
-        except OSError as error:
-            raise UserError(
-                f"cannot write a checkpoint into {folder}: {error.strerror or error}; the earlier ones are untouched. "
-                "Make room there and give the same command again"
-            ) from error
-        self.best = None
+        self.saved = time.monotonic()
+        if self.run.folder is not None:
+            write(state_of(self.run), self.run.folder, self.best)
+            self.best = None
 
 
 def write(state: dict[str, Any], folder: Path, best: dict[str, Any] | None = None) -> None:
     """Write ``state`` as the folder's last checkpoint, keeping the one before, and ``best``, if given, as the best one.
-
-    Killed anywhere in here, the folder holds the old last checkpoint or the new one, and never a last checkpoint that
-    is ahead of the best one. Raises ``OSError`` with nothing half-written.
-    """
+    Killed anywhere in here, or on a full disk, the last or the previous checkpoint is whole, and none is ahead of the
+    best one."""
     for name, content in ((BEST, best), (LAST, state)):
         if content is not None:
             archive = io.BytesIO()  # PyTorch's own writer tells a full disk by a RuntimeError
@@ -96,7 +83,7 @@ def write(state: dict[str, Any], folder: Path, best: dict[str, Any] | None = Non
                 file.write(archive.getbuffer())
                 file.flush()
                 if name == LAST and (folder / LAST).exists():
-                    link(folder / LAST, folder / PREVIOUS)
+                    os.replace(folder / LAST, folder / PREVIOUS)
 
 
 def state_of(run: Run) -> dict[str, Any]:
@@ -152,25 +139,21 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint, on the CPU, by PyTorch's restricted loader: nothing in it is executed.
 
     Raises:
-        UserError: no such file, or one that holds something else.
-        DamagedCheckpoint: truncated, altered, no checkpoint, or one that asks for code.
+        OSError: no such file.
+        UserError: it was truncated or altered, is no checkpoint, or asks for code.
     """
-    try:
-        open(path, "rb").close()
-    except OSError as error:
-        raise UserError(f"checkpoint {path}: {error.strerror}") from error
+    open(path, "rb").close()
     try:
         if zipfile.is_zipfile(path) and (member := zipfile.ZipFile(path).testzip()):
-            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {member} is not what was written")
+            raise pickle.UnpicklingError(f"{member} is not what was written")
         state = restricted_load(path)
-    except UserError:
-        raise
+        if not isinstance(state, dict):
+            raise pickle.UnpicklingError(f"it holds a {type(state).__name__}")
+        return state
     except Exception as error:  # whatever a damaged file, or one that is no checkpoint, makes of the loader
-        reason = str(error).split(". ")[0].split("\n")[0] or type(error).__name__
-        raise DamagedCheckpoint(f"checkpoint {path} cannot be read, damaged or no checkpoint: {reason}") from error
-    if not isinstance(state, dict):
-        raise UserError(f"checkpoint {path} holds a {type(state).__name__}, not a training state")
-    return state
+        lines = [line for line in str(error).splitlines() if line and "weights_only" not in line]
+        reason = lines[0] if lines else type(error).__name__
+        raise UserError(f"checkpoint {path} cannot be read, damaged or no checkpoint: {reason}") from error
 
 
 def restricted_load(path: str | os.PathLike[str]) -> Any:
@@ -200,55 +183,40 @@ def well_formed(path: str | Path) -> Iterator[None]:
 
 
 def read_resume(path: str) -> tuple[dict[str, Any] | None, str | None]:
-    """What --resume names, if anything, and the run's origin: the digest of the weights that it is initialised from, or
-    the origin of the training state that it continues."""
+    """What --resume names, if anything, and the run's origin: the digest of the file of weights that it is initialised
+    from, or the origin of the training state that it continues."""
     if not path:
         return None, None
     state = load(path)
     if "progress" not in state:
-        return state, digest(weights_of(state, path))
+        return state, hashlib.sha256(Path(path).read_bytes()).hexdigest()[:32]
     with well_formed(path):
         return state, Identity.of(state).origin
 
 
-def digest(weights: dict[str, Tensor]) -> str:
-    """32 hexadecimal digits that stand for names, shapes and values of weights."""
-    found = hashlib.sha256()
-    for name, value in sorted(weights.items()):
-        found.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-        found.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:32]
-
-
 def restore(run: Run, resume: str, resumed: dict[str, Any] | None) -> None:
-    """Continue from the folder's last good checkpoint if there is one, else from what --resume names.
-
-    Raises:
-        BadArguments, UserError: the checkpoint is of another run; the message names the difference.
-    """
+    """Continue from the folder's last good checkpoint if there is one, else from what --resume names; ``UserError``
+    names the difference where that is another run."""
     source, state = resume, resumed
     if resumed is not None and "progress" in resumed:
         refuse_other_training(run, resume, resumed)
     if run.folder is not None and (last := load_last(run.folder)) is not None:
         source, state = str(run.folder), last
         with well_formed(source):
-            there = Identity.of(last)
-        refuse_another(run.folder, there, run.identity)
+            refuse_another(run.folder, Identity.of(last), run.identity)
     state = distributed.from_first(state)
     if state is None:
         return
-    refuse_other_classes(state.get("classes", run.data.classes), run.data.classes, source)
     load_weights(run.model, weights_of(state, source), source, run.identity.settings["arch"])
     if "progress" not in state:
         log.info(f"weights from {source}; the optimiser starts anew at epoch {run.progress.epoch}")
         return
     with well_formed(source):
+        refuse_other_classes(state["classes"], run.data.classes, source)
         restore_optimizer(run.optimizer, state["optimizer"])
         run.progress.move_to(state["progress"])
     if run.progress.epoch > run.training.epochs:
         raise BadArguments(f"--epochs {run.training.epochs}: {source} has had {run.progress.epoch} already")
-    if run.folder and run.progress.rows:
-        write_metrics(run.folder / "metrics.csv", run.progress.rows)
     log.info(f"continuing in epoch {run.progress.epoch}, step {run.progress.step}")
 
 
@@ -272,7 +240,7 @@ def load_last(folder: Path) -> dict[str, Any] | None:
         if (folder / name).exists():
             try:
                 return load(folder / name)
-            except DamagedCheckpoint as error:
+            except UserError as error:
                 aside = folder / f"{name}.damaged"
                 os.replace(folder / name, aside)
                 log.warning(f"warning: {error}; kept as {aside.name}, an earlier one is used")
@@ -298,33 +266,27 @@ def refuse_other_classes(theirs: list[str], ours: list[str], source: str) -> Non
 
 
 def weights_of(state: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """A checkpoint's weights by name, wherever its training loop kept them, without the prefixes of wrappers.
-
-    Raises:
-        UserError: there are none; the message lists the keys that were found.
-    """
+    """A checkpoint's weights by name, wherever its training loop kept them, without the prefixes of wrappers."""
     weights: Mapping[Any, Any] = state
     while inner := [weights[key] for key in NESTED if isinstance(weights.get(key), Mapping)]:
         weights = inner[0]
     found = {PREFIXES.sub("", str(name)): value for name, value in weights.items() if isinstance(value, Tensor)}
     if not found or len(found) < len(weights):
-        keys = ", ".join(str(name) for name, value in weights.items() if not isinstance(value, Tensor))
-        where = ", ".join(NESTED)
-        raise UserError(f"checkpoint {path} holds no weights alone or under {where}; its keys are {keys[:300]}")
+        where, keys = ", ".join(NESTED), ", ".join(map(str, weights))[:300]
+        raise UserError(f"checkpoint {path} holds no weights alone or under {where}; its keys are {keys}")
     return found
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path, arch: str) -> None:
     """Put weights into a network of the same names and shapes; ``UserError`` where they do not fit."""
-    own = model.state_dict()
-    names = own.keys() | weights.keys()
-    if wrong := sorted(n for n in names if n not in own or n not in weights or own[n].shape != weights[n].shape):
-        raise UserError(
-            f"the weights in {path} do not fit --arch {arch}: {len(wrong)} of {len(own)} are missing, unknown or of "
-            f"another shape, among them {wrong[0]}. Name the --arch, --initial_channels and --dataset of their training"
-        )
-    with well_formed(path):
+    try:
         model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).split("\n\t")[-1][:200]
+        raise UserError(
+            f"the weights in {path} do not fit --arch {arch}: {reason} … Name the --arch, --initial_channels and "
+            "--dataset of their training"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------ a network in one call
@@ -336,14 +298,14 @@ class About:
 
     arch: str  # as ``models.build_model`` takes it
     num_classes: int
-    classes: list[str] | None  # their names, in the order of the logits
-    dataset: str | None  # as --dataset names it
     image_size: tuple[int, int]  # height and width in pixels
     mean: Colour  # per channel, of pixels in [0, 1], as std
     std: Colour
-    settings: dict[str, Any]  # of the run, by flag name; empty for a published file
-    epochs: int | None
-    digests: dict[str, str] | None  # of the images, under "train" and "test"
+    dataset: str | None = None  # as --dataset names it
+    classes: list[str] | None = None  # their names, in the order of the logits
+    epochs: int | None = None
+    digests: dict[str, str] | None = None  # of the images, under "train" and "test"
+    settings: dict[str, Any] = field(default_factory=dict)  # of the run, by flag name
 
 
 class PixelNetwork(nn.Module):
@@ -376,89 +338,73 @@ def load_network(path: str | os.PathLike[str], **given: Any) -> tuple[PixelNetwo
         are the file's; ``image_size`` changes neither.
 
     Raises:
-        UserError: no such file, or not a checkpoint; something that neither the file nor the caller says, by its name;
-            weights that do not fit the architecture.
+        OSError: no such file.
+        UserError: no checkpoint; what neither the file nor the caller says; weights that do not fit ``arch``.
     """
     if unknown := given.keys() - {"arch", "dataset", "image_size", "mean", "std"}:
         raise TypeError(f"load_network has no argument {', '.join(sorted(unknown))}")
     return network_of(load(path), os.fspath(path), given)
 
 
-def network_of(state: dict[str, Any], path: str, given: dict[str, Any]) -> tuple[PixelNetwork, About]:
-    """``load_network`` of a checkpoint that was read already."""
+def network_of(state: dict[str, Any], path: str | Path, given: dict[str, Any]) -> tuple[PixelNetwork, About]:
+    """``load_network`` of a checkpoint that was read already; ``initial_channels`` may be given, too."""
     weights = weights_of(state, path)
-    state = of_a_run(state)
+    width = next((len(value) for value in weights.values() if value.ndim == 4), 1)  # of the first convolution
+    width = given.pop("initial_channels", width)
     with well_formed(path):
         about = about_of(state, weights, path, given)
-        height, _ = pair(state.get("image_size") or about.image_size)
-        width = next((len(value) for value in weights.values() if value.ndim == 4), 1)  # of the first convolution
-        model = build_model(about.arch, about.num_classes, stride_of(height), given.get("initial_channels", width))
+        height, _ = state["image_size"] if "progress" in state else about.image_size
+        model = build_model(about.arch, about.num_classes, stride_of(height), width)
+        network = PixelNetwork(model, about.mean, about.std)
     load_weights(model, weights, path, about.arch)
-    return PixelNetwork(model, about.mean, about.std).eval(), about
+    return network.eval(), about
 
 
-def of_a_run(state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of this project; nothing of another, whose keys may mean anything."""
-    return state if "progress" in state else {}
-
-
-def about_of(state: dict[str, Any], weights: dict[str, Tensor], path: str, given: dict[str, Any]) -> About:
+def about_of(state: dict[str, Any], weights: dict[str, Tensor], path: str | Path, given: dict[str, Any]) -> About:
     """What the file and the caller say of a network; ``UserError`` names what neither does."""
-    settings = dict(state.get("settings", {}))
-    dataset = given.get("dataset") or settings.get("dataset")
-    mean, std = NORMALISATION.get(str(dataset), (None, None))
-    usual = {"arch": settings.get("arch"), "image_size": IMAGE_SIZES.get(str(dataset)), "mean": mean, "std": std}
-    found: dict[str, Any] = {name: given.get(name) or state.get(name) or value for name, value in usual.items()}
-    if missing := [name for name, value in found.items() if value is None]:
+    said: dict[str, Any] = {}
+    if "progress" in state:  # in another program's file the same keys may mean anything
+        said = {name: state[name] for name in ("classes", "digests", "image_size", "mean", "settings", "std")}
+        said |= {name: said["settings"][name] for name in ("arch", "dataset")}
+        said["epochs"] = len(state["progress"]["rows"])
+    said |= {name: value for name, value in given.items() if value is not None}
+    dataset = said.get("dataset")
+    if dataset in NORMALISATION:
+        said = dict(zip(("mean", "std"), NORMALISATION[dataset], strict=True)) | said
+    if dataset in IMAGE_SIZES:
+        said = {"image_size": IMAGE_SIZES[dataset]} | said
+    if missing := [name for name in ("arch", "image_size", "mean", "std") if name not in said]:
         raise UserError(
             f"checkpoint {path} does not say its network's {', '.join(missing)}; name what is missing (a published "
             "data set's name stands for its image size, mean and std)"
         )
-    classes = [len(value) for value in weights.values() if value.ndim == 2][-1:]  # the last matrix is the classifier
-    if not classes or len(state.get("classes", range(*classes))) != classes[0]:
+    classifier = next((value for value in reversed(weights.values()) if value.ndim == 2), None)
+    if classifier is None or len(said.get("classes", classifier)) != len(classifier):
         raise ValueError("its weights hold no classifier of its classes")
-    return About(
-        arch=found["arch"],
-        num_classes=classes[0],
-        classes=state.get("classes"),
-        dataset=dataset,
-        image_size=pair(found["image_size"]),
-        mean=tuple(map(float, found["mean"])),  # type: ignore[arg-type]
-        std=tuple(map(float, found["std"])),  # type: ignore[arg-type]
-        settings=settings,
-        epochs=len(state["progress"]["rows"]) if "progress" in state else None,
-        digests=state.get("digests"),
-    )
-
-
-def pair(size: Any) -> tuple[int, int]:
-    """Height and width; one number is both."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
+    if isinstance(said["image_size"], int):
+        said["image_size"] = (said["image_size"],) * 2
+    return About(num_classes=len(classifier), **said)
 
 
 def network_and_images(args: argparse.Namespace, given: set[str]) -> tuple[PixelNetwork, Data, About]:
     """The network in ``args.resume``, the images that the flags name, normalised as the network's were, and what it was
     trained on. Settings that are not ``given`` become the checkpoint's."""
-    path = args.resume
-    content = load(path)
-    state = of_a_run(content)
-    with well_formed(path):
-        settings = dict(state.get("settings", {}))
-        options.adopt(args, given, settings)
-        if missing := [name for name in ("arch", "dataset") if name not in {*given, *settings}]:
-            raise UserError(
-                f"checkpoint {path} does not say what it was trained with; give --" + " and --".join(missing)
-            )
-        wanted = {"arch": args.arch, "dataset": args.dataset}
-        if "initial_channels" in given:
-            wanted["initial_channels"] = args.initial_channels
-        size = pair(state["image_size"]) if args.dataset == "folder" and "image_size" in state else None
+    path, state, size = args.resume, load(args.resume), None
+    of_a_run = "progress" in state
+    if of_a_run:
+        with well_formed(path):
+            options.adopt(args, given, state["settings"])
+            size = state["image_size"] if args.dataset == "folder" else None
+    elif missing := sorted({"arch", "dataset"} - given):
+        raise UserError(f"checkpoint {path} does not say what it was trained with; give --{' and --'.join(missing)}")
     data = options.load_images(args, given, image_size=size, test_only=True)
-    measured = ("mean", "std") if len(data.train) else ()
-    wanted |= {name: getattr(data, name) for name in ("image_size", *measured) if name not in state}
-    network, about = network_of(content, path, wanted)
+    wanted: dict[str, Any] = {}
+    if not of_a_run:
+        names = ("arch", "dataset", *given & {"initial_channels"})
+        wanted = {name: getattr(args, name) for name in names} | {"image_size": data.image_size}
+        wanted |= {"mean": data.mean, "std": data.std} if len(data.train) else {}
+    network, about = network_of(state, path, wanted)
     refuse_other_classes(about.classes or data.classes, data.classes, path)
-    if (about.digests or {}).get("test", data.digests["test"]) != data.digests["test"]:
+    if about.digests and about.digests["test"] != data.digests["test"]:
         log.warning(f"warning: the test images of {data.source} are others than those of the run that {path} is of")
     return network, replace(data, mean=about.mean, std=about.std), about

@@ -51,15 +51,12 @@ def join(ngpu: int, batch_size: int) -> World:
     world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     if batch_size % world.size:
         raise BadArguments(f"--batch_size {batch_size} does not divide over {world.size} processes")
-    backend, device = "gloo", None
-    if gpus:
-        if world.local_rank >= gpus:
-            raise BadArguments(f"process {world.local_rank} of this machine has no GPU: it has {gpus}")
-        backend, device = "nccl", torch.device("cuda", world.local_rank)
-        torch.cuda.set_device(device)
+    device = torch.device("cuda", world.local_rank) if gpus else None
     try:
+        if device is not None:
+            torch.cuda.set_device(device)
         store, _, _ = next(dist.rendezvous("env://", timeout=MEETING))
-        store = dist.PrefixStore(agreed_name(store, world), store)
+        store, backend = dist.PrefixStore(agreed_name(store, world), store), "nccl" if gpus else "gloo"
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, device_id=device)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
@@ -79,13 +76,10 @@ def agreed_name(store: dist.Store, world: World) -> str:
         name = store.get(mine).decode()
         store.set(f"{name}/{world.rank}", "heard")
         return name
-    deadline = time.monotonic() + MEETING.total_seconds()
-    while missing := [rank for rank in range(1, world.size) if not store.check([f"{mine}/{rank}"])]:
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"process {missing[0]} does not answer")
-        for rank in missing:
-            store.set(store.get(f"present/{rank}").decode(), mine)  # a dead one's key at first; its successor's comes
-        time.sleep(0.02)
+    for rank in range(1, world.size):
+        while not store.check([f"{mine}/{rank}"]):
+            store.set(store.get(f"present/{rank}").decode(), mine)  # a dead one's key at first, perhaps
+            time.sleep(0.02)
     return mine
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,24 +21,22 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO]
 
     A reader sees the old content or the whole new one. Raises the ``OSError`` of the failing call, with ``path``.
     """
-    path, temporary = Path(path), ""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "surrogateescape"}
-        with open(handle, mode, **text) as file:  # type: ignore[call-overload]
+        with open(temporary, mode, **text) as file:  # type: ignore[call-overload]
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
         if error.errno is not None:
             error.filename, error.filename2 = str(path), None
         raise
     finally:
-        if temporary:
-            with suppress(OSError):
-                os.unlink(temporary)
+        with suppress(OSError):
+            os.unlink(temporary)
 
 
 def remove_leftovers(folder: str | os.PathLike[str], name: str = "*", older_than: float = 0.0) -> None:
@@ -48,24 +45,6 @@ def remove_leftovers(folder: str | os.PathLike[str], name: str = "*", older_than
         with suppress(OSError):
             if time.time() - path.stat().st_mtime >= older_than:
                 path.unlink()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def link(source: Path, target: Path) -> None:
-    """Give ``source`` a second name, atomically; where a file system has no links, it is copied."""
-    temporary = target.with_name(f".{target.name}.link.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
-    temporary.unlink(missing_ok=True)  # renaming a link over another of the same file leaves both
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -78,19 +57,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """What ``write_json`` wrote; ``ValueError`` with the path where it is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds a {type(content).__name__}")
-    return content
+        return dict(json.loads(path.read_text(encoding="utf-8", errors="surrogateescape")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
     """``record`` as one more line of JSON, on the disk when this returns. Earlier lines stay as they are."""
     with open(path, "a+b", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         start = "" if file.read(1) in (b"", b"\n") else "\n"  # a call that was killed left half a line
         file.write(f"{start}{json.dumps(record)}\n".encode())
         os.fsync(file.fileno())
@@ -99,8 +74,7 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """What ``append_record`` wrote, oldest first; half a line that a killed call left is ignored, with a warning."""
     records = []
-    content = path.read_bytes() if path.exists() else b""
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
             records.append(json.loads(line))
         except ValueError:
