@@ -22,52 +22,49 @@ from torch import Tensor, nn
 from load_data import Data, Split
 from mixup import METHODS, build_method
 from models import build_model
-from tests.common import ENVIRONMENT, ROOT, SAGE, SMALL, Done, load_fixed_weights, rows, weights
+from tests.common import ENVIRONMENT, ROOT, SAGE, SMALL, load_fixed_weights, rows, weights
 from utils import distributed, train
 from utils.device import step_generator
 from utils.distributed import World
 from utils.errors import BadArguments, UserError
 from utils.run import Progress, Training
 
-IMAGES = 12
-UNEVEN = 11  # divides over neither 2 nor 4
-
-
-def batch(number: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(number, 3, 32, 32, generator=generator), torch.randint(0, 10, (number,), generator=generator)
+IMAGES = dict.fromkeys(METHODS, 12) | {"uneven": 11}  # in a batch; 11 divides over neither 2 nor 4
 
 
 def network() -> nn.Module:
     return load_fixed_weights(build_model("preactresnet18", 10, initial_channels=4)).train()
 
 
-def one_step(model: nn.Module, name: str, world: World, number: int = IMAGES) -> None:
-    """Gradients of this rank's part with its own draws, in the model's ``.grad``."""
-    images, labels = (tensor[world.part(number)] for tensor in batch(number))
-    method = build_method(name, "cifar10", 10, **({"update_ratio": 0.7, "rand_pos": 0.01} if name == "sage" else {}))
+def batch(world: World, number: int) -> tuple[Tensor, Tensor]:
+    """This rank's part of a batch."""
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(number, 3, 32, 32, generator=generator), torch.arange(number) * 7 % 10
+    return images[world.part(number)], labels[world.part(number)]
+
+
+def gradients(name: str, world: World) -> dict[str, Tensor]:
+    """Of this rank's part with its own draws; averaged over the ranks where there are some."""
+    settings = {"update_ratio": 0.7, "rand_pos": 0.01} if name == "sage" else {}
+    method = build_method("vanilla" if name == "uneven" else name, "cifar10", 10, **settings)
+    images, labels = batch(world, IMAGES[name])
     draws = method.draw(step_generator(3, 0, 0, world.rank), len(images), 32, 32)
-    run: Any = SimpleNamespace(
-        training=Training(batch_size=number),
-        data=SimpleNamespace(train=range(number)),
-        progress=Progress(),
-        world=world,
-    )
+    training, data = Training(batch_size=IMAGES[name]), SimpleNamespace(train=range(IMAGES[name]))
+    run: Any = SimpleNamespace(training=training, data=data, progress=Progress(), world=world)
     weight = train.weight_of(run, len(images)) if dist.is_initialized() else 1.0
-    (method.step(model, images, labels, draws).loss * weight).backward()
+    model = network()
+    parallel = distributed.data_parallel(model)  # whose hooks must live until the backward pass
+    (method.step(parallel, images, labels, draws).loss * weight).backward()
+    return {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-def is_dead(world: World, saturated: int) -> bool:
-    """Whether a run is stopped after a step in which one rank's part of the batch leaves no gradient."""
+def is_dead(world: World) -> bool:
+    """Whether a run is stopped after a step in which rank 0's part of the batch leaves no gradient."""
     torch.manual_seed(0)
     model, method = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), build_method("vanilla", "cifar10", 10)
-    images, labels = (tensor[world.part(IMAGES)] for tensor in batch(IMAGES))
+    images, labels = batch(world, 12)
     parallel = distributed.data_parallel(model)
-    step = method.step(parallel, images * (1e6 if world.rank == saturated else 1), labels, None)
+    step = method.step(parallel, images * (1 if world.rank else 1e6), labels, None)
     step.loss.backward()
     run: Any = SimpleNamespace(
         model=model, device=torch.device("cpu"), method=method, training=Training(), progress=Progress()
@@ -79,30 +76,21 @@ def is_dead(world: World, saturated: int) -> bool:
     return False
 
 
-def sample_data() -> Data:
+def evaluation(world: World) -> dict[str, float]:
     generator = torch.Generator().manual_seed(1)
-    split = Split(
-        torch.randint(0, 256, (700, 3, 32, 32), generator=generator, dtype=torch.uint8), torch.arange(700) % 10
-    )
-    return Data("cifar10", "made here", [str(k) for k in range(10)], (0.5,) * 3, (0.25,) * 3, split, split, None, True)
+    images = torch.randint(0, 256, (700, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    split, classes = Split(images, torch.arange(700) % 10), [str(k) for k in range(10)]
+    data = Data("cifar10", "made here", classes, (0.5,) * 3, (0.25,) * 3, split, split, None, True)
+    return train.evaluate(network(), split, data, torch.device("cpu"), "test", world)
 
 
 def work(rank: int, size: int, folder: str) -> None:
-    """One rank: every method's step, synchronised batch norm, evaluation; rank 0 writes what it got."""
+    """One rank; rank 0 writes what it got."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     world = World(rank, size, rank)
-    found: dict[str, Any] = {}
-    for name in METHODS:
-        model = network()
-        one_step(distributed.data_parallel(model), name, world)
-        found[name] = gradients(model)
-    model = network()
-    one_step(distributed.data_parallel(model), "vanilla", world, UNEVEN)
-    found["uneven"] = gradients(model)
-    data = sample_data()
-    found["evaluation"] = train.evaluate(network(), data.test, data, torch.device("cpu"), "test", world)
-    found["is_dead"] = is_dead(world, saturated=0)
+    found: dict[str, Any] = {name: gradients(name, world) for name in IMAGES}
+    found |= {"evaluation": evaluation(world), "is_dead": is_dead(world)}
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     dist.destroy_process_group()
@@ -117,36 +105,26 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return SimpleNamespace(size=request.param, **torch.load(folder / "found.pt", weights_only=True))
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert (found[name] - value).norm() <= tolerance * value.norm() + 1e-12, name
-
-
-@pytest.mark.parametrize("name", [*METHODS, "uneven"])
+@pytest.mark.parametrize("name", IMAGES)
 def test_ranks_give_the_gradients_of_one_process(ranks: SimpleNamespace, name: str) -> None:
     """The shards one after another, with the same draws, averaged over images."""
-    number = UNEVEN if name == "uneven" else IMAGES
-    expected: dict[str, Tensor] = {}
-    for rank in range(ranks.size):
-        world = World(rank, ranks.size, rank)
-        model = network()
-        one_step(model, "vanilla" if name == "uneven" else name, world, number)
-        share = len(range(number)[world.part(number)]) / number
-        for key, value in gradients(model).items():
-            expected[key] = expected.get(key, 0) + share * value
-    assert_close(getattr(ranks, name), expected, 1e-5)
+    worlds = [World(rank, ranks.size, rank) for rank in range(ranks.size)]
+    shares = [len(range(IMAGES[name])[world.part(IMAGES[name])]) / IMAGES[name] for world in worlds]
+    parts, found = [gradients(name, world) for world in worlds], getattr(ranks, name)
+    assert found.keys() == parts[0].keys()
+    for key, value in found.items():
+        expected = torch.stack([share * part[key] for share, part in zip(shares, parts, strict=True)]).sum(dim=0)
+        assert (value - expected).norm() <= 1e-5 * expected.norm() + 1e-12, key
 
 
 def test_evaluation_is_equal_to_the_last_bit(ranks: SimpleNamespace) -> None:
     torch.set_num_threads(1)
-    data = sample_data()
-    assert ranks.evaluation == train.evaluate(network(), data.test, data, torch.device("cpu"), "test")
+    assert ranks.evaluation == evaluation(World())
 
 
 def test_a_rank_without_gradients_goes_on_with_the_others(ranks: SimpleNamespace) -> None:
-    assert is_dead(World(0, ranks.size), saturated=0)  # were it alone with its part of the batch
-    assert not is_dead(World(1, ranks.size), saturated=0)
+    assert is_dead(World(0, ranks.size))  # were it alone with its part of the batch
+    assert not is_dead(World(1, ranks.size))
     assert not ranks.is_dead
 
 
@@ -165,36 +143,33 @@ def words(tree: Path) -> list[object]:
 def whole(words: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two ranks that nothing happened to."""
     root = tmp_path_factory.mktemp("whole")
-    done = finish(torchrun(*words, "--root_dir", root))
-    assert done.returncode == 0, done.stdout
+    finish(torchrun(*words, "--root_dir", root), 0)
     (folder,) = root.iterdir()
     return folder
 
 
-def torchrun(*words: object, program: object = "main.py", **options: object) -> subprocess.Popen[str]:
+def torchrun(*words: object, program: object = "main.py", restarts: int = 0) -> subprocess.Popen[str]:
     """A program on two ranks."""
-    extra = [f"--{key}={value}" for key, value in options.items()]
-    return spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *extra, program, *words)
-
-
-def spawn(*command: object) -> subprocess.Popen[str]:
+    how = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max_restarts={restarts}"]
     return subprocess.Popen(
-        [sys.executable, *map(str, command)],
+        [sys.executable, *how, *map(str, [program, *words])],
         cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen[str]) -> Done:
+def finish(process: subprocess.Popen[str], code: int) -> str:
+    """What a process said that must end with this code."""
     try:
         said, _ = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
         process.kill()
         raise
-    return Done(process.returncode, said, "")
+    assert process.returncode == code, said
+    return said
 
 
-def wait_for_an_epoch(process: subprocess.Popen[str], root: Path) -> None:
-    while not list(root.glob("*/metrics.csv")):
+def wait_for_a_checkpoint(process: subprocess.Popen[str], root: Path) -> None:
+    while not list(root.glob("*/checkpoint.pth.tar")):
         assert process.poll() is None
         time.sleep(0.02)
 
@@ -213,28 +188,24 @@ def assert_same_end(folder: Path, other: Path) -> None:
 
 
 def test_a_killed_rank_is_restarted_and_ends_where_it_should(words: list[object], whole: Path, tmp_path: Path) -> None:
-    process = torchrun(*words, "--root_dir", tmp_path, max_restarts=1)
-    wait_for_an_epoch(process, tmp_path)
+    process = torchrun(*words, "--root_dir", tmp_path, restarts=1)
+    wait_for_a_checkpoint(process, tmp_path)
     os.kill(ranks_below(tmp_path)[-1], signal.SIGKILL)
-    done = finish(process)
-    assert done.returncode == 0, done.stdout
+    said = finish(process, 0)
     # torchrun tells of the failure it sees first: the killed one's, or the other's, which lost its connection
-    assert re.search(r"failed \(exitcode: (-9|1)\)", done.stdout)
-    assert "continuing in epoch" in done.stdout
+    assert re.search(r"failed \(exitcode: (-9|1)\)", said)
+    assert "continuing in epoch" in said
     assert_same_end(tmp_path / whole.name, whole)
 
 
 def test_a_signal_to_one_rank_stops_all_of_them(words: list[object], whole: Path, tmp_path: Path) -> None:
     process = torchrun(*words, "--root_dir", tmp_path)
-    wait_for_an_epoch(process, tmp_path)
+    wait_for_a_checkpoint(process, tmp_path)
     os.kill(ranks_below(tmp_path)[-1], signal.SIGTERM)
-    done = finish(process)
-    assert done.returncode != 0
-    assert "stopped in epoch" in done.stdout
-    assert f"exitcode: {128 + signal.SIGTERM}" in done.stdout
-    done = finish(torchrun(*words, "--root_dir", tmp_path))
-    assert done.returncode == 0, done.stdout
-    assert "continuing in epoch" in done.stdout
+    said = finish(process, 1)
+    assert "stopped in epoch" in said
+    assert f"exitcode: {128 + signal.SIGTERM}" in said
+    assert "continuing in epoch" in finish(torchrun(*words, "--root_dir", tmp_path), 0)
     assert_same_end(tmp_path / whole.name, whole)
 
 
@@ -266,10 +237,9 @@ def test_a_dead_network_stops_every_rank_with_one_line(
     program.write_text(DIE)
     monkeypatch.setitem(ENVIRONMENT, "CODES", f"{tmp_path}/code")
     monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(ROOT))
-    done = finish(torchrun(*words, "--method", "vanilla", "--root_dir", tmp_path / "ranks", program=program))
-    lines = re.findall("^error: .*", done.stdout, re.MULTILINE)
-    assert len(lines) == 1, done.stdout
-    assert lines[0].startswith("error: the network is dead in epoch 0: every gradient of the last batch is exactly 0")
+    said = finish(torchrun(*words, "--method", "vanilla", "--root_dir", tmp_path / "ranks", program=program), 1)
+    (line,) = re.findall("^error: .*", said, re.MULTILINE)
+    assert line.startswith("error: the network is dead in epoch 0: every gradient of the last batch is exactly 0")
     assert [(tmp_path / f"code{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
     assert not list(tmp_path.glob("ranks/*/*.tar"))
 

@@ -52,13 +52,11 @@ class Saver:
         """Whether --checkpoint_minutes have passed since the last save."""
         return time.monotonic() - self.saved > 60 * self.run.training.checkpoint_minutes
 
-    def has_best(self) -> bool:
-        """Whether the best epoch's weights are at hand: in memory, or in the folder."""
-        return self.best is not None or self.run.folder is None or (self.run.folder / BEST).exists()
-
-    def keep_best(self) -> None:
-        """Remember the run as it is for the best checkpoint, on the devices it lives on."""
-        if self.run.folder is not None:
+    def keep_best(self, is_best: bool) -> None:
+        """Remember the run as it is after its best epoch so far, or where no earlier epoch's weights are at hand. They
+        stay on their device."""
+        folder = self.run.folder
+        if folder is not None and (is_best or not (self.best or (folder / BEST).exists())):
             self.best = None  # two copies at a time may not fit into memory
             self.best = copy.deepcopy(state_of(self.run))
 
@@ -128,11 +126,9 @@ def cure(run: Run) -> str:
 class Inert:
     """Stands for an object of a class that only its author has, such as the meters in published checkpoints."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    def __init__(self, *args: Any) -> None: ...
 
-    def __setstate__(self, state: Any) -> None:
-        pass
+    def __setstate__(self, state: Any) -> None: ...
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -228,8 +224,8 @@ def refuse_other_training(run: Run, path: str, state: dict[str, Any]) -> None:
         found = differences(there.until(last), run.identity.until(last))
     if found:
         raise BadArguments(
-            f"--resume {path} is a training state of another run ({'; '.join(found)}). It continues with its own "
-            "settings and images; --epochs, milestones of --schedule that it has not reached, and --add_name may differ"
+            f"--resume {path} is a training state of another run ({'; '.join(found)}); --epochs, milestones of "
+            "--schedule that it has not reached, and --add_name may differ"
         )
 
 

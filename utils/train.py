@@ -138,8 +138,7 @@ def after_epoch(run: Run, saver: Saver, records: Records) -> None:
         peak_memory_gb=round(peak_memory(run.device), 1),
     )
     progress.next_epoch(row)
-    if best is row or not saver.has_best():
-        saver.keep_best()
+    saver.keep_best(best is row)
     records.write()
 
 
