@@ -30,7 +30,16 @@ from .vanilla import Vanilla
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (Vanilla, InputMixup, ManifoldMixup, CutMix, SaliencyMix, PuzzleMix, CoMixup, Sage)
+    for method in (
+        Vanilla,
+        InputMixup,
+        ManifoldMixup,
+        CutMix,
+        SaliencyMix,
+        PuzzleMix,
+        CoMixup,
+        Sage,
+    )
 }
 
 
