@@ -48,7 +48,7 @@ from utils import pictures
 from utils.device import Captured, prepare, set_precision
 from utils.errors import exit_code
 from utils.files import write_json
-from utils.options import Parser, number, one_of
+from utils.options import Parser, given_names, number, one_of, refuse_unused
 from utils.run import git_commit
 
 CLASSES = 10
@@ -75,9 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in (args.out, args.plot):
         if path and not path.absolute().parent.is_dir():
             parser.error(f"there is no folder {path.parent} for {path}")
-    for flag, parts in USED_IN.items():
-        if getattr(args, flag) and not parts & set(args.parts):
-            parser.error(f"--{flag} is for the {' and '.join(sorted(parts))}: add it to --parts")
+    refuse_unused(parser, given_names(make_parser(), sys.argv[1:] if argv is None else argv), args.parts, USED_IN)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: this PyTorch finds no CUDA device")
     if args.threads:
@@ -375,8 +373,8 @@ def plot_search(path: Path, result: dict[str, Any], about: dict[str, Any]) -> No
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("image [pixels]")
     axes.set_ylabel("search of one pair [ms]")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    axes.grid()
+    axes.legend()
     pictures.save(figure, path)
 
 

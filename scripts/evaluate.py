@@ -67,6 +67,9 @@ SAID = {  # numbers in words
     "confidence": "mean confidence {:.2f}%", "error": "mean top-1 error {:.2f}%",
 }  # fmt: skip
 FLAGS = ("dataset", "data_dir", "image_size", "arch", "initial_channels", "dropout", "ngpu")  # as main.py has them
+CHOSEN = {"corruptions", *ATTACKS}  # the parts of a choice of the images
+USED_IN = {"images": CHOSEN, "seed": CHOSEN, "bins": {"calibration", "corruptions"}, "corruptions_dir": {"corruptions"},
+           "eps": {*ATTACKS}, "pgd_steps": {"pgd"}, "pgd_step_size": {"pgd"}, "pgd_restarts": {"pgd"}}  # fmt: skip
 PUBLISHED = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C", "tiny-imagenet-200": "Tiny-ImageNet-C"}
 PICTURES = ("confusion", "reliability", "corruptions", "images", "attacks", "shift")
 Record = dict[str, Any]
@@ -122,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
+    options.refuse_unused(parser, options.given_names(make_parser(), argv), args.parts, USED_IN)
     given = options.given_names(parser, argv) | {"seed", "batch_size", "fast"}  # not the training's
     options.make_parser().parse_args([], namespace=args)  # what is left, until the checkpoint says
     return errors.exit_code(parser, lambda: evaluate(args, given))

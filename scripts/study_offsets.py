@@ -93,7 +93,7 @@ def search_pairs(args: argparse.Namespace) -> pd.DataFrame:
 
 def plot(path: Path, pairs: pd.DataFrame) -> None:
     """How the scores, and image a's parts of the labels, are distributed."""
-    figure = Figure(figsize=(7.5, 3.2), layout="constrained", dpi=120)
+    figure = Figure(figsize=(7.5, 3.2))
     score, label = figure.subplots(1, 2)
     for share, colour in SHARES.items():
         of_share, style = pairs[pairs["share"] == share], {"color": colour, "linewidth": 1.8}
@@ -101,7 +101,7 @@ def plot(path: Path, pairs: pd.DataFrame) -> None:
         label.hist(of_share["label"], bins=np.linspace(0, 1, 26), histtype="step", density=True, **style)
     score.set(xlabel="score kept, as a share of the best", ylabel="share of the pairs")
     label.set(xlabel="share of the label that is image a's", ylabel="density", xlim=(0, 1))
-    score.legend(frameon=False, loc="upper left")
+    score.legend(loc="upper left")
     pictures.save(figure, path)
 
 

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Summarise; returns the exit code: 0, 1 for a failure, 2 for bad arguments."""
     parser = Parser(description=__doc__, prog="summarize.py", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("roots", nargs="*", type=Path, metavar="ROOT", help="run folders, their folder, or a runs.csv")
-    parser.add_argument("--out", type=Path, default=Path("summary"), help="folder to write into (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder to write the summary of the runs into (default: summary)")
     parser.add_argument("--refresh", nargs="+", type=Path, default=[], metavar="FILE", help="Markdown with markers")
     args = parser.parse_args(argv)
     return exit_code(parser, lambda: work(args))
@@ -64,10 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: argparse.Namespace) -> int:
     """What the arguments ask for."""
-    if not args.roots and not args.refresh:
-        raise BadArguments("name a folder of runs, a runs.csv, or a text to --refresh")
+    if not args.roots and (args.out or not args.refresh):
+        raise BadArguments("name a folder of runs or a runs.csv, or a text to --refresh without --out")
     if args.roots:
-        write_summary(tables.read_runs(args.roots), args.out)
+        write_summary(tables.read_runs(args.roots), args.out or Path("summary"))
     for path in args.refresh:
         write_text(path, refreshed(path))
         print(path)

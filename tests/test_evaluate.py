@@ -538,6 +538,8 @@ def test_damaged_arrays_are_refused(words: list[object], tmp_path: Path, monkeyp
         (2, "--checkpoint a.pth --eps 0", "--eps"),
         (2, "--checkpoint a.pth --arch resnet", "--arch"),
         (2, "--checkpoint a.pth --images 0", "--images"),
+        (2, "--checkpoint a.pth --parts clean fgsm --pgd_steps 3", "--pgd_steps is for pgd"),
+        (2, "--checkpoint a.pth --parts calibration --images 3", "--images is for corruptions, fgsm, pgd"),
         (1, "--checkpoint nowhere/a.pth", "nowhere/a.pth"),
         (1, "--checkpoint README.md", "README.md"),
     ],

@@ -137,9 +137,9 @@ def test_benchmark_measures_what_it_is_asked_for(tmp_path: Path) -> None:
     [
         ("--methods sagee", "did you mean sage"),
         ("--batch_size 0", "--batch_size"),
-        ("--parts steps --plot search.png", "--plot is for the search"),
-        ("--parts search --methods sage", "--methods is for the mixing and steps"),
-        ("--parts mixing --fast", "--fast is for the steps"),
+        ("--parts steps --plot search.png", "--plot is for search: add"),
+        ("--parts search --methods sage", "--methods is for mixing, steps: add one"),
+        ("--parts mixing --fast", "--fast is for steps"),
         ("--out nowhere/b.json", "nowhere"),
         ("--device tpu", "--device"),
     ],

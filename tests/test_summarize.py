@@ -239,6 +239,7 @@ def test_committed_tables_are_what_their_runs_say(name: str) -> None:
     ("code", "words", "message"),
     [
         (2, "", "name a folder"),
+        (2, "--refresh OPEN.md --out paper", "without --out"),
         (2, "--unknown 1", "--unknown"),
         (1, "nowhere", "nowhere"),
         (1, "EMPTY", "holds no run"),

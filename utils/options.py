@@ -8,7 +8,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from load_data import DATASETS, Data, load
@@ -262,3 +262,10 @@ def method_settings(args: argparse.Namespace) -> dict[str, Any]:
 def command_line() -> str:
     """The command as it can be pasted again."""
     return shlex.join(["python3", *sys.argv])
+
+
+def refuse_unused(parser: Parser, given: set[str], parts: Iterable[str], used_in: Mapping[str, set[str]]) -> None:
+    """Refuse flags that were given for parts of a program which were not asked for."""
+    for flag in sorted(given & used_in.keys()):
+        if not used_in[flag] & set(parts):
+            parser.error(f"--{flag} is for {', '.join(sorted(used_in[flag]))}: add one to --parts")
