@@ -50,8 +50,9 @@ def train(args: argparse.Namespace, given: set[str]) -> int:
     device = pick_device(args.ngpu)
     set_precision(args.deterministic)
     stop = StopSignal().listen()
-    if warning := options.never_reached(args):
-        log.warning(f"warning: {warning}")
+    for warning in (options.never_reached(args), options.without_effect(args, given)):
+        if warning:
+            log.warning(f"warning: {warning}")
     with distributed.one_first(world):  # one process of a machine decodes and caches the images
         data = options.load_images(args, given)
     folder = None if args.log_off or world.rank > 0 else Path(args.root_dir) / runs.run_name(args)

@@ -619,9 +619,10 @@ def test_an_empty_path_is_refused(words: list[object], flag: str) -> None:
     [
         ("--schedule 2 9 --gammas 0.1 0.1", "--epochs 2 ends before --schedule 2 9"),
         ("--method cutmix --mix_schedule delayed", "2 ends before --mix_scheduled_epoch 300: nothing is mixed"),
+        ("--method cutmix --rand_pos 0.5 --mix_scheduled_epoch 1", "--mix_scheduled_epoch, --rand_pos: no effect with"),
     ],
 )
-def test_what_is_never_reached_is_a_warning(words: list[object], tmp_path: Path, more: str, message: str) -> None:
+def test_what_changes_nothing_is_a_warning(words: list[object], tmp_path: Path, more: str, message: str) -> None:
     said = finish(*words, *more.split(), "--root_dir", tmp_path)
     assert said.count("warning: ") == 1
     assert message in said

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from load_data import DATASETS, Data, load
 from mixup import METHODS, all_settings, settings_for
-from mixup.settings import Setting
+from mixup.settings import Setting, settings_of
 from models import ARCHITECTURES
 
 from .errors import BadArguments
@@ -269,3 +269,15 @@ def refuse_unused(parser: Parser, given: set[str], parts: Iterable[str], used_in
     for flag in sorted(given & used_in.keys()):
         if not used_in[flag] & set(parts):
             parser.error(f"--{flag} is for {', '.join(sorted(used_in[flag]))}: add one to --parts")
+
+
+def without_effect(args: argparse.Namespace, given: set[str]) -> str | None:
+    """The flags that were given and change nothing in this run, or None."""
+    unused = all_settings().keys() - settings_of(METHODS[args.method]).keys()
+    unused |= {"data_dir"} if args.dataset == "digits" else set()
+    unused |= set() if args.arch.startswith("preactresnet") else {"initial_channels"}
+    unused |= {"mix_scheduled_epoch"} if args.mix_schedule in (None, "fixed") else set()
+    flags = ", ".join(f"--{name}" for name in sorted(unused & given))
+    return (
+        f"{flags}: no effect with --method {args.method} --arch {args.arch} --dataset {args.dataset}" if flags else None
+    )
