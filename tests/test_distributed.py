@@ -45,7 +45,7 @@ def batch(world: World, number: int) -> tuple[Tensor, Tensor]:
 
 def gradients(name: str, world: World) -> dict[str, Tensor]:
     """Of this rank's part with its own draws; averaged over the ranks where there are some."""
-    settings = {"update_ratio": 0.7, "rand_pos": 0.01} if name == "sage" else {}
+    settings: dict[str, Any] = {"update_ratio": 0.7, "rand_pos": 0.01} if name == "sage" else {}
     method = build_method("vanilla" if name == "uneven" else name, "cifar10", 10, **settings)
     images, labels = batch(world, IMAGES[name])
     draws = method.draw(step_generator(3, 0, 0, world.rank), len(images), 32, 32)
@@ -216,31 +216,22 @@ def test_several_gpus_are_torchruns_business(monkeypatch: pytest.MonkeyPatch) ->
 
 
 DIE = """
-import os, sys
+import sys
+import pytest
 import main
 from tests import test_faults
-import pytest
 test_faults.saturate(pytest.MonkeyPatch())
-try:
-    code = main.main(sys.argv[1:])
-except SystemExit as stop:
-    code = stop.code
-open(os.environ["CODES"] + os.environ["RANK"], "w").write(str(code))
-sys.exit(code)
+sys.exit(main.main(sys.argv[1:]))
 """
 
 
-def test_a_dead_network_stops_every_rank_with_one_line(
-    words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dead_network_stops_every_rank(words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "die.py"
     program.write_text(DIE)
-    monkeypatch.setitem(ENVIRONMENT, "CODES", f"{tmp_path}/code")
     monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(ROOT))
     said = finish(torchrun(*words, "--method", "vanilla", "--root_dir", tmp_path / "ranks", program=program), 1)
-    (line,) = re.findall("^error: .*", said, re.MULTILINE)
-    assert line.startswith("error: the network is dead in epoch 0: every gradient of the last batch is exactly 0")
-    assert [(tmp_path / f"code{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+    lines = re.findall("^error: (.*?):", said, re.MULTILINE)
+    assert set(lines) == {"the network is dead in epoch 0"}, said
     assert not list(tmp_path.glob("ranks/*/*.tar"))
 
 

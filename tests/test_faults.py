@@ -16,6 +16,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,10 +82,53 @@ def stopped_once(words: list[object], tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
+@dataclass
+class Case:
+    """A command, its folder, and the folder of the same run that nothing happened to."""
+
+    words: list[object]
+    root: Path
+    whole: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.whole.name
+
+    def says(self, *more: object, code: int | None = 0) -> str:
+        """What the command says, which must end with this exit code (None: 1 or 2): failures in one line."""
+        done = main(*self.words, "--root_dir", self.root, *more, check=code)
+        said = done.stdout + done.stderr
+        assert done.returncode in ((1, 2) if code is None else (code,))
+        assert said.count("error: ") == (done.returncode in (1, 2)), said
+        assert "Traceback" not in said, said
+        return said
+
+    def assert_same(self) -> None:
+        """metrics.csv but for measurements, weights, optimiser and best checkpoint, bit by bit; nothing left over."""
+        assert rows(self.folder) == rows(self.whole)
+        for name in (checkpoint.LAST, checkpoint.BEST):
+            ours, theirs = (checkpoint.load(folder / name) for folder in (self.folder, self.whole))
+            for key, value in theirs["state_dict"].items():
+                assert torch.equal(ours["state_dict"][key], value), key
+            for key, value in theirs["optimizer"]["state"].items():
+                assert torch.equal(ours["optimizer"]["state"][key]["momentum_buffer"], value["momentum_buffer"])
+            assert ours["progress"]["epoch"] == theirs["progress"]["epoch"]
+        ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (self.folder, self.whole))
+        assert ours["summary"] == theirs["summary"]
+        assert not list(self.folder.glob(".*.tmp"))
+
+
 @pytest.fixture
-def stopped(stopped_once: Path, tmp_path: Path) -> Path:
-    """The folder of a run that was stopped in epoch 1."""
-    return Path(shutil.copytree(stopped_once, tmp_path / "runs" / stopped_once.name))
+def fresh(words: list[object], whole: Path, tmp_path: Path) -> Case:
+    """A command that was not given yet."""
+    return Case(words, tmp_path / "runs", whole)
+
+
+@pytest.fixture
+def stopped(fresh: Case, stopped_once: Path) -> Case:
+    """One that was stopped in epoch 1."""
+    shutil.copytree(stopped_once, fresh.folder)
+    return fresh
 
 
 def call_before(patch: pytest.MonkeyPatch, where: str, before: Callable[[], None]) -> None:
@@ -112,40 +156,6 @@ def signal_at(patch: pytest.MonkeyPatch, where: str, *numbers: int, call: int = 
     call_before(patch, where, before)
 
 
-def fail_at(patch: pytest.MonkeyPatch, where: str, number: int) -> None:
-    """Function ``module:name`` raises an ``OSError``."""
-    error = OSError(number, os.strerror(number))
-    call_before(patch, where, Mock(side_effect=error))
-
-
-def finish(*words: object) -> str:
-    """The same command typed again must reach the end."""
-    done = main(*words)
-    return done.stdout + done.stderr
-
-
-def refused(code: int, *words: object) -> str:
-    """What a command says that must fail with this exit code, in one line."""
-    done = main(*words, check=code)
-    assert_one_line(done.stdout + done.stderr)
-    return done.stdout + done.stderr
-
-
-def assert_same(folder: Path, expected: Path) -> None:
-    """metrics.csv but for measurements, weights, optimiser and best checkpoint, bit by bit; nothing left over."""
-    assert rows(folder) == rows(expected)
-    for name in (checkpoint.LAST, checkpoint.BEST):
-        ours, theirs = (checkpoint.load(path / name) for path in (folder, expected))
-        for key in theirs["state_dict"]:
-            assert torch.equal(ours["state_dict"][key], theirs["state_dict"][key]), key
-        for key, value in theirs["optimizer"]["state"].items():
-            assert torch.equal(ours["optimizer"]["state"][key]["momentum_buffer"], value["momentum_buffer"])
-        assert ours["progress"]["epoch"] == theirs["progress"]["epoch"]
-    results = [json.loads((path / "result.json").read_text()) for path in (folder, expected)]
-    assert results[0]["summary"] == results[1]["summary"]
-    assert not list(folder.glob(".*.tmp"))
-
-
 def assert_whole(folder: Path) -> None:
     """Whatever has its real name is whole, and nothing temporary is left."""
     for path in folder.iterdir():
@@ -156,12 +166,6 @@ def assert_whole(folder: Path) -> None:
         elif path.suffix == ".csv":
             assert path.read_text().endswith("\n")
         assert path.suffix != ".tmp"
-
-
-def assert_one_line(said: str) -> None:
-    """One line about the failure, and no traceback."""
-    assert "Traceback" not in said, said
-    assert said.count("error: ") == 1, said
 
 
 # ---------------------------------------------------------------------------------------------------------------- kills
@@ -203,7 +207,7 @@ def test_killed_at_random_moments_a_run_ends_the_same(words: list[object], tmp_p
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
         if process.exitcode == 0:
-            assert_same(tmp_path / str(ends) / expected.name, expected)
+            Case(mine, tmp_path / str(ends), expected).assert_same()
             ends += 1
 
 
@@ -244,63 +248,60 @@ def test_killed_at_every_file_operation_of_a_save(
 
 
 @pytest.mark.parametrize("size", [0, 300, 1500, 10_000, 40_000, None])
-def test_files_that_cannot_grow(words: list[object], tmp_path: Path, whole: Path, size: int | None) -> None:
+def test_files_that_cannot_grow(fresh: Case, size: int | None) -> None:
     """Writing fails as on a full disk, without needing one."""
-    size = (whole / checkpoint.LAST).stat().st_size - 1 if size is None else size
+    size = (fresh.whole / checkpoint.LAST).stat().st_size - 1 if size is None else size
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        done = main(*words, "--root_dir", tmp_path, check=1)
+        fresh.says(code=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert_one_line(done.stdout + done.stderr)
-    (folder,) = tmp_path.iterdir()
-    assert_whole(folder)
-    finish(*words, "--root_dir", tmp_path)
-    assert_same(folder, whole)
+    assert_whole(fresh.folder)
+    fresh.says()
+    fresh.assert_same()
 
 
 @pytest.mark.parametrize(
-    "name", ["utils.pictures:plot_curves", "utils.pictures:plot_images", "utils.train:write_metrics"]
+    ("name", "number", "said"),
+    [
+        ("utils.pictures:plot_curves", errno.ENOSPC, "No space left"),
+        ("utils.pictures:plot_images", errno.ENOSPC, "No space left"),
+        ("utils.train:write_metrics", errno.ENOSPC, "No space left"),
+        ("fcntl:flock", errno.ENOLCK, "cannot be locked"),
+    ],
 )
 def test_a_lost_picture_or_record_stops_nothing(
-    words: list[object], stopped: Path, whole: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    stopped: Case, name: str, number: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fail_at(monkeypatch, name, errno.ENOSPC)
-    assert "No space left" in finish(*words, "--root_dir", stopped.parent)
+    """Nor a file system without locks."""
+    call_before(monkeypatch, name, Mock(side_effect=OSError(number, os.strerror(number))))
+    assert said in stopped.says()
     monkeypatch.undo()
-    assert_same(stopped, whole)
+    stopped.assert_same()
 
 
 # ------------------------------------------------------------------------------------------- one folder, and who has it
 
 
-def test_two_runs_in_one_folder(words: list[object], stopped: Path, whole: Path) -> None:
-    with open(stopped / run.LOCK) as file:
+def test_two_runs_in_one_folder(stopped: Case) -> None:
+    with open(stopped.folder / run.LOCK) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         for more in ([], ["--overwrite", "True"]):
-            assert "another run is writing into" in refused(1, *words, "--root_dir", stopped.parent, *more)
-    assert "continuing in epoch 1" in finish(*words, "--root_dir", stopped.parent)
-    assert_same(stopped, whole)
+            assert "another run is writing into" in stopped.says(*more, code=1)
+    assert "continuing in epoch 1" in stopped.says()
+    stopped.assert_same()
 
 
-def test_file_system_without_locks(
-    words: list[object], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fail_at(monkeypatch, "fcntl:flock", errno.ENOLCK)
-    assert "cannot be locked" in finish(*words, "--root_dir", tmp_path)
-    assert_same(tmp_path / whole.name, whole)
-
-
-def test_overwrite_keeps_the_old_run(words: list[object], stopped: Path, whole: Path, tmp_path: Path) -> None:
-    before = (stopped / checkpoint.LAST).read_bytes()
-    mine = [*words, "--root_dir", stopped.parent, "--overwrite", "True"]
-    assert "--resume" in refused(2, *mine, "--resume", stopped / checkpoint.LAST)
-    refused(1, *mine, "--data_dir", tmp_path / "mistyped")  # images first: the old run is still in its place
-    assert (stopped / checkpoint.LAST).read_bytes() == before
-    assert "continuing" not in finish(*mine)
-    assert_same(stopped, whole)
-    (old,) = (path for path in stopped.parent.iterdir() if path != stopped)
+def test_overwrite_keeps_the_old_run(stopped: Case, tmp_path: Path) -> None:
+    last = stopped.folder / checkpoint.LAST
+    before, anew = last.read_bytes(), ["--overwrite", "True"]
+    assert "--resume" in stopped.says(*anew, "--resume", last, code=2)
+    stopped.says(*anew, "--data_dir", tmp_path / "mistyped", code=1)  # images first: the old run is still in its place
+    assert last.read_bytes() == before
+    assert "continuing" not in stopped.says(*anew)
+    stopped.assert_same()
+    (old,) = (path for path in stopped.root.iterdir() if path != stopped.folder)
     assert (old / checkpoint.LAST).read_bytes() == before
 
 
@@ -323,36 +324,32 @@ def test_overwrite_keeps_the_old_run(words: list[object], stopped: Path, whole: 
         ("utils.train:write_metrics", 1, [signal.SIGUSR1], 143),
     ],
 )
-def test_signals(
-    words: list[object], tmp_path: Path, whole: Path, where: str, call: int, numbers: list[int], expected: int
-) -> None:
+def test_signals(fresh: Case, where: str, call: int, numbers: list[int], expected: int) -> None:
     """Stopped in any phase: the exit code, whole files, and the same end."""
     hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it may be ignored, as under nohup
     try:
         with pytest.MonkeyPatch.context() as patch:
-            without_pictures(patch.setattr)
             signal_at(patch, where, *numbers, call=call)
-            done = main(*words, "--root_dir", tmp_path, check=expected)
+            said = fresh.says(code=expected)
     finally:
         signal.signal(signal.SIGHUP, hangup)
-    assert "stopped" in done.stdout + done.stderr
-    folder = tmp_path / whole.name
-    if folder.exists():
-        assert_whole(folder)
-        assert not (folder / "result.json").exists()
-    finish(*words, "--root_dir", tmp_path)
-    assert_same(folder, whole)
+    assert "stopped" in said
+    if fresh.folder.exists():
+        assert_whole(fresh.folder)
+        assert not (fresh.folder / "result.json").exists()
+    fresh.says()
+    fresh.assert_same()
 
 
-def test_a_signal_between_saves_loses_nothing(words: list[object], tmp_path: Path, whole: Path) -> None:
+def test_a_signal_between_saves_loses_nothing(fresh: Case) -> None:
     """After an epoch was evaluated, and long before the next save is due."""
-    mine = [*words, "--root_dir", tmp_path, "--checkpoint_minutes", 5]
+    fresh.words = [*fresh.words, "--checkpoint_minutes", 5]
     with pytest.MonkeyPatch.context() as patch:
         signal_at(patch, "utils.train:write_metrics", signal.SIGTERM)
-        assert "stopped in epoch 1, step 0" in main(*mine, check=143).stdout
-    assert checkpoint.load(tmp_path / whole.name / checkpoint.LAST)["progress"]["epoch"] == 1
-    assert "continuing in epoch 1, step 0" in finish(*mine)
-    assert_same(tmp_path / whole.name, whole)
+        assert "stopped in epoch 1, step 0" in fresh.says(code=143)
+    assert checkpoint.load(fresh.folder / checkpoint.LAST)["progress"]["epoch"] == 1
+    assert "continuing in epoch 1, step 0" in fresh.says()
+    fresh.assert_same()
 
 
 # -------------------------------------------------------------------------------------------------------- damaged files
@@ -365,34 +362,33 @@ def damage(path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_damaged_checkpoints_of_a_stopped_run(words: list[object], stopped: Path, whole: Path, count: int) -> None:
+def test_damaged_checkpoints_of_a_stopped_run(stopped: Case, count: int) -> None:
     for name in (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST)[:count]:
-        damage(stopped / name)
-    (stopped / ".checkpoint.pth.tar.abcdefgh.tmp").write_bytes(b"killed while writing")
-    said = finish(*words, "--root_dir", stopped.parent)
+        damage(stopped.folder / name)
+    (stopped.folder / ".checkpoint.pth.tar.abcdefgh.tmp").write_bytes(b"killed while writing")
+    said = stopped.says()
     assert said.count("an earlier one is used") == count
     assert ("continuing" in said) == (count < 3)
-    assert_same(stopped, whole)
+    stopped.assert_same()
 
 
 @pytest.mark.parametrize("name", ["config.json", "result.json"])
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
-def test_a_damaged_record_is_named(words: list[object], whole: Path, tmp_path: Path, name: str, content: str) -> None:
-    folder = shutil.copytree(whole, tmp_path / whole.name)
-    (folder / name).write_text(content)
-    said = refused(1, *words, "--root_dir", tmp_path)
+def test_a_damaged_record_is_named(fresh: Case, name: str, content: str) -> None:
+    shutil.copytree(fresh.whole, fresh.folder)
+    (fresh.folder / name).write_text(content)
+    said = fresh.says(code=1)
     assert "is damaged" in said
-    assert str(folder) in said
-    (folder / name).unlink()
+    assert str(fresh.folder) in said
+    (fresh.folder / name).unlink()
     if name == "result.json":
-        finish(*words, "--root_dir", tmp_path)
-        assert_same(folder, whole)
+        fresh.says()
+        fresh.assert_same()
 
 
-def test_without_its_config_a_run_still_knows_its_settings(words: list[object], stopped: Path) -> None:
-    (stopped / "config.json").unlink()
-    said = refused(2, *words, "--root_dir", stopped.parent, "--decay", 0.5)
-    assert "--decay: 0.0001 there, 0.5 here" in said
+def test_without_its_config_a_run_still_knows_its_settings(stopped: Case) -> None:
+    (stopped.folder / "config.json").unlink()
+    assert "--decay: 0.0001 there, 0.5 here" in stopped.says("--decay", 0.5, code=2)
 
 
 # --------------------------------------------------------------------------------- what a run is, and what continues it
@@ -408,82 +404,70 @@ def test_without_its_config_a_run_still_knows_its_settings(words: list[object], 
         ("--labels_per_class 9", "--labels_per_class: None there, 9 here"),
     ],
 )
-def test_another_run_is_not_gone_on_with(
-    words: list[object], whole: Path, stopped: Path, tmp_path: Path, more: str, difference: str
-) -> None:
-    for path in (whole, stopped):
-        resume = ["--resume", path / checkpoint.LAST, "--root_dir", tmp_path / "new"]
-        said = refused(2, *words, *resume, *more.split())
+def test_another_run_is_not_gone_on_with(fresh: Case, stopped_once: Path, more: str, difference: str) -> None:
+    for path in (fresh.whole, stopped_once):
+        said = fresh.says("--resume", path / checkpoint.LAST, *more.split(), code=2)
         assert difference in said
         assert "may differ" in said
-    assert not list(tmp_path.glob("new/*/*.tar"))
+    assert not list(fresh.root.glob("*/*.tar"))
 
 
-def test_a_run_is_trained_longer(words: list[object], whole: Path, tmp_path: Path) -> None:
+def test_a_run_is_trained_longer(fresh: Case, tmp_path: Path) -> None:
     """It ends as if it had been meant to be that long."""
     longer = ["--epochs", 3, "--schedule", 1, 2, "--gammas", 0.1, 0.5, "--add_name", "longer"]
-    finish(*words, *longer, "--root_dir", tmp_path / "whole")
-    finish(*words, *longer, "--root_dir", tmp_path / "longer", "--resume", whole / checkpoint.LAST)
-    (expected,), (folder,) = (list((tmp_path / name).iterdir()) for name in ("whole", "longer"))
+    resume = ["--resume", fresh.whole / checkpoint.LAST]
+    fresh.says(*longer, "--root_dir", tmp_path / "whole")
+    fresh.says(*longer, *resume)
+    (expected,), (folder,) = (list(root.iterdir()) for root in (tmp_path / "whole", fresh.root))
     assert rows(folder) == rows(expected)
     ours, theirs = (checkpoint.load(path / checkpoint.LAST)["state_dict"] for path in (folder, expected))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert (folder / checkpoint.BEST).exists()
-    assert "has had 2 already" in refused(
-        2, *words, "--epochs", 1, "--resume", whole / checkpoint.LAST, "--root_dir", tmp_path / "less"
-    )
+    assert "has had 2 already" in fresh.says("--epochs", 1, *resume, code=2)
 
 
-def test_initialised_from_weights(words: list[object], whole: Path, tmp_path: Path) -> None:
+def test_initialised_from_weights(fresh: Case, tmp_path: Path) -> None:
     """Weights alone start a run, and are a part of what it is."""
-    weights = checkpoint.load(whole / checkpoint.LAST)["state_dict"]
-    torch.save(weights, tmp_path / "weights.pth")
-    mine = [*words, "--root_dir", tmp_path / "runs"]
-    assert "the optimiser starts anew at epoch 0" in finish(*mine, "--resume", tmp_path / "weights.pth")
-    said = refused(1, *mine)
+    torch.save(checkpoint.load(fresh.whole / checkpoint.LAST)["state_dict"], tmp_path / "weights.pth")
+    assert "the optimiser starts anew at epoch 0" in fresh.says("--resume", tmp_path / "weights.pth")
+    said = fresh.says(code=1)
     assert "initialised from weights " in said
     assert "random weights here" in said
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_one_pixel_makes_another_run(
-    words: list[object], whole: Path, stopped: Path, tree: Path, tmp_path: Path, split: str
-) -> None:
+def test_one_pixel_makes_another_run(stopped: Case, tree: Path, tmp_path: Path, split: str) -> None:
     shutil.copytree(tree, tmp_path / "tree")
     path = tmp_path / "tree" / split / "dark" / "0.png"
     pixels = np.array(Image.open(path))
     pixels[3, 4, 1] ^= 1
     Image.fromarray(pixels).save(path)
     name = {"train": "training", "test": "test"}[split]
-    for folder in (whole, stopped):
-        said = refused(1, *words, "--data_dir", tmp_path / "tree", "--root_dir", folder.parent)
+    for root in (stopped.whole.parent, stopped.root):
+        said = stopped.says("--data_dir", tmp_path / "tree", "--root_dir", root, code=1)
         assert f"other {name} images: digest " in said
 
 
-def test_a_short_run_is_saved_once(words: list[object], tmp_path: Path, whole: Path) -> None:
-    finish(*words, "--root_dir", tmp_path, "--checkpoint_minutes", 5)
-    folder = tmp_path / whole.name
-    assert_same(folder, whole)
-    assert sorted(path.name for path in folder.glob("*.tar")) == [checkpoint.LAST, checkpoint.BEST]
+def test_a_short_run_is_saved_once(fresh: Case) -> None:
+    fresh.says("--checkpoint_minutes", 5)
+    fresh.assert_same()
+    assert sorted(path.name for path in fresh.folder.glob("*.tar")) == [checkpoint.LAST, checkpoint.BEST]
 
 
-def test_the_best_epoch_is_the_validation_sets(words: list[object], tmp_path: Path) -> None:
-    finish(*words, "--root_dir", tmp_path, "--valid_labels_per_class", 4, "--epochs", 6)
-    (folder,) = tmp_path.iterdir()
-    result, found = json.loads((folder / "result.json").read_text()), rows(folder)
+def test_the_best_epoch_is_the_validation_sets(fresh: Case) -> None:
+    fresh.says("--valid_labels_per_class", 4, "--epochs", 6)
+    result, found = json.loads((fresh.folder / "result.json").read_text()), rows(fresh.folder)
     best = max(found, key=lambda row: float(row["valid_top1"]))
     assert (result["best_epoch"], result["best_top1"]) == (int(best["epoch"]), float(best["test_top1"]))
     assert float(found[-1]["best_top1"]) == result["best_top1"]
-    assert checkpoint.load(folder / checkpoint.BEST)["progress"]["epoch"] == result["best_epoch"] + 1
+    assert checkpoint.load(fresh.folder / checkpoint.BEST)["progress"]["epoch"] == result["best_epoch"] + 1
 
 
-def test_pictures_change_no_number(
-    words: list[object], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pictures_change_no_number(fresh: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    finish(*words, "--root_dir", tmp_path)
-    assert_same(tmp_path / whole.name, whole)
-    with Image.open(tmp_path / whole.name / "mixed.png") as image:
+    fresh.says()
+    fresh.assert_same()
+    with Image.open(fresh.folder / "mixed.png") as image:
         image.load()
 
 
@@ -497,25 +481,23 @@ def test_slurm_may_count_restarts_in_vain(value: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_loss_that_is_not_finite(words: list[object], tmp_path: Path, method: str) -> None:
-    said = refused(1, *words, "--root_dir", tmp_path, "--method", method, "--learning_rate", 1e18, "--epochs", 20)
+def test_loss_that_is_not_finite(fresh: Case, method: str) -> None:
+    said = fresh.says("--method", method, "--learning_rate", 1e18, "--epochs", 20, code=1)
     assert "not finite in epoch 0, step" in said
     assert f"({method}, learning rate 1e+18). Try a smaller --learning_rate" in said
-    for path in tmp_path.glob("*/*.tar"):
+    for path in fresh.root.glob("*/*.tar"):
         assert all(value.isfinite().all() for value in checkpoint.load(path)["state_dict"].values())
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "comix"])
-def test_a_dead_network_is_stopped(
-    words: list[object], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dead_network_is_stopped(fresh: Case, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is saved over the last good checkpoint. Co-Mixup's clean pass has the cross-entropy, whose
     gradient does not vanish where the output is saturated."""
     saturate(monkeypatch)
-    said = refused(1, *words, "--root_dir", tmp_path, "--method", method)
+    said = fresh.says("--method", method, code=1)
     assert "the network is dead in epoch 0: every gradient of the last batch is exactly 0, at a loss of " in said
     assert f"where equal probabilities have 0.6931 ({method}, learning rate 0.05)" in said
-    assert not list(tmp_path.glob("*/*.tar"))
+    assert not list(fresh.root.glob("*/*.tar"))
 
 
 def saturate(patch: pytest.MonkeyPatch) -> None:
@@ -550,7 +532,7 @@ def test_perfect_fits_equal_probabilities_and_tiny_gradients_are_no_death(
     for count in (1, 4, 10, 50, 64, 100):
         images, labels = torch.zeros(count, 3, 8, 8), torch.zeros(count, dtype=torch.int64)
         logits = logit * torch.eye(classes)[labels]
-        step = method.step(lambda _, logits=logits: logits, images, labels, None)  # type: ignore[arg-type, misc]
+        step = method.step(lambda _, logits=logits: logits, images, labels, None)
         with pytest.raises(UserError, match="the network is dead in epoch 0: ") if dead else nullcontext():
             train.refuse_dead_network(one, step)
 
@@ -599,19 +581,16 @@ def test_any_words_are_parsed_or_refused_in_one_line(words: list[str]) -> None:
         ("--sync_bn True", "--sync_bn True needs GPUs"),
     ],
 )
-def test_combinations_are_refused_before_training(words: list[object], tmp_path: Path, more: str, message: str) -> None:
-    done = main(*words, "--root_dir", tmp_path, *more.split(), check=None)
-    said = done.stdout + done.stderr
-    assert done.returncode in (1, 2)
+def test_combinations_are_refused_before_training(fresh: Case, more: str, message: str) -> None:
+    said = fresh.says(*more.split(), code=None)
     assert message in said
-    assert_one_line(said)
     assert "Epoch" not in said
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--data_dir", "--root_dir"])
 def test_an_empty_path_is_refused(words: list[object], flag: str) -> None:
     """An unset variable of a shell would train from random weights, on other images, or into another folder."""
-    assert f"{flag} is empty" in refused(2, *words, flag, "")
+    assert f"{flag} is empty" in main(*words, flag, "", check=2).stderr
 
 
 @pytest.mark.parametrize(
@@ -622,8 +601,8 @@ def test_an_empty_path_is_refused(words: list[object], flag: str) -> None:
         ("--method cutmix --rand_pos 0.5 --mix_scheduled_epoch 1", "--mix_scheduled_epoch, --rand_pos: no effect with"),
     ],
 )
-def test_what_changes_nothing_is_a_warning(words: list[object], tmp_path: Path, more: str, message: str) -> None:
-    said = finish(*words, *more.split(), "--root_dir", tmp_path)
+def test_what_changes_nothing_is_a_warning(fresh: Case, more: str, message: str) -> None:
+    said = fresh.says(*more.split())
     assert said.count("warning: ") == 1
     assert message in said
 
@@ -644,16 +623,11 @@ def test_what_changes_nothing_is_a_warning(words: list[object], tmp_path: Path, 
         ("progress", []),
     ],
 )
-def test_checkpoints_with_other_content(words: list[object], whole: Path, tmp_path: Path, key: str, value: Any) -> None:
+def test_checkpoints_with_other_content(fresh: Case, tmp_path: Path, key: str, value: Any) -> None:
     path = tmp_path / "odd.pth"
-    torch.save(checkpoint.load(whole / checkpoint.LAST) | {key: value}, path)
-    continued = [*words[4:], "--root_dir", tmp_path / "runs"]
-    for rest, keys in (
-        (["--evaluate"], ("settings", "mean", "classes", "state_dict")),
-        (continued, ("classes", "state_dict", "optimizer", "progress")),
-    ):
-        if key not in keys:
-            continue
-        done = main(*words[:4], "--resume", path, *rest, check=None)
-        assert done.returncode in (1, 2), done
-        assert_one_line(done.stdout + done.stderr)
+    torch.save(checkpoint.load(fresh.whole / checkpoint.LAST) | {key: value}, path)
+    if key in ("classes", "state_dict", "optimizer", "progress"):
+        fresh.says("--resume", path, code=None)
+    if key in ("settings", "mean", "classes", "state_dict"):
+        fresh.words = fresh.words[:4]  # where the images are, and the device
+        fresh.says("--evaluate", "--resume", path, code=None)

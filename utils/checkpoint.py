@@ -62,7 +62,6 @@ class Saver:
 
     def save(self) -> None:
         """Write what changed; a full disk is an ``OSError``, and the earlier checkpoints stay."""
-        refuse_bad_weights(self.run)
         self.saved = time.monotonic()
         if self.run.folder is not None:
             write(state_of(self.run), self.run.folder, self.best)
@@ -85,7 +84,11 @@ def write(state: dict[str, Any], folder: Path, best: dict[str, Any] | None = Non
 
 
 def state_of(run: Run) -> dict[str, Any]:
-    """What a checkpoint holds: all that resuming and ``load_network`` need."""
+    """What a checkpoint holds: all that resuming and ``load_network`` need. ``UserError`` where a weight is not finite,
+    which a finite loss, too, can lead to."""
+    weights = run.model.state_dict()
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise not_finite(run, run.progress.step)
     return {
         **asdict(run.identity),
         "classes": run.data.classes,
@@ -93,18 +96,10 @@ def state_of(run: Run) -> dict[str, Any]:
         "std": run.data.std,
         "image_size": run.data.image_size,
         "images": len(run.data.train),
-        "state_dict": run.model.state_dict(),
+        "state_dict": weights,
         "optimizer": run.optimizer.state_dict(),
         "progress": asdict(run.progress),
     }
-
-
-def refuse_bad_weights(run: Run) -> None:
-    """Raise ``UserError`` where a weight is not finite: a finite loss can still lead to such weights, and they must not
-    reach a checkpoint."""
-    values = [value for value in run.model.state_dict().values() if value.is_floating_point()]
-    if not torch.stack([value.isfinite().all() for value in values]).all():
-        raise not_finite(run, run.progress.step)
 
 
 def not_finite(run: Run, step: int) -> UserError:
@@ -209,8 +204,13 @@ def restore(run: Run, resume: str, resumed: dict[str, Any] | None) -> None:
         return
     with well_formed(source):
         refuse_other_classes(state["classes"], run.data.classes, source)
-        restore_optimizer(run.optimizer, state["optimizer"])
         run.progress.move_to(state["progress"])
+        # the momentum; rate, decay and the like stay this command's
+        settings = run.optimizer.state_dict()["param_groups"]
+        run.optimizer.load_state_dict({**state["optimizer"], "param_groups": settings})
+        for parameter, held in run.optimizer.state.items():
+            if held.get("momentum_buffer") is not None:  # laid out as the weights are, as a fused optimiser walks both
+                held["momentum_buffer"] = torch.empty_like(parameter).copy_(held["momentum_buffer"])
     if run.progress.epoch > run.training.epochs:
         raise BadArguments(f"--epochs {run.training.epochs}: {source} has had {run.progress.epoch} already")
     log.info(f"continuing in epoch {run.progress.epoch}, step {run.progress.step}")
@@ -241,15 +241,6 @@ def load_last(folder: Path) -> dict[str, Any] | None:
                 os.replace(folder / name, aside)
                 log.warning(f"warning: {error}; kept as {aside.name}, an earlier one is used")
     return None
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, held: dict[str, Any]) -> None:
-    """The momentum of a checkpoint, laid out as the weights are: the fused optimiser walks through both as they lie in
-    memory. Rate, decay and the like stay this command's."""
-    optimizer.load_state_dict({**held, "param_groups": optimizer.state_dict()["param_groups"]})
-    for parameter, of_parameter in optimizer.state.items():
-        if (momentum := of_parameter.get("momentum_buffer")) is not None:
-            of_parameter["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
 
 
 def refuse_other_classes(theirs: list[str], ours: list[str], source: str) -> None:

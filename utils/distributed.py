@@ -90,14 +90,6 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def common_error(message: str) -> BaseException:
-    """For a failure that every rank finds in the same place: a ``UserError`` to raise on the first one, a silent exit
-    with the same code on the others."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    leave()
-    return UserError(message) if rank == 0 else SystemExit(1)
-
-
 def from_first(value: Any) -> Any:
     """Rank 0's value, on every rank; it is pickled on the way."""
     values = [value]

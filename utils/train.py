@@ -18,7 +18,7 @@ from load_data import Data, Split, steps_per_epoch, test_batches, train_batches
 from mixup.base import Step, bce_loss, to_device
 
 from . import distributed, pictures
-from .checkpoint import Saver, cure, not_finite, refuse_bad_weights
+from .checkpoint import Saver, cure, not_finite
 from .device import Captured, peak_memory, step_generator
 from .distributed import World
 from .errors import StopSignal, UserError
@@ -129,7 +129,6 @@ def after_epoch(run: Run, saver: Saver, records: Records) -> None:
             row.update(evaluate(run.model, split, run.data, run.device, name, run.world))
     if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
         raise not_finite(run, progress.step)
-    refuse_bad_weights(run)
     best = best_row([*progress.rows, row])
     row.update(
         best_top1=best["test_top1"],
@@ -268,7 +267,7 @@ def refuse_dead_network(run: Run, last: Step | None) -> None:
     total, images = distributed.total(to_device(part, run.device, torch.float64)).tolist()
     loss, equal = total / images, (math.log(classes) - (classes - 1) * math.log1p(-1 / classes)) / classes
     if distributed.largest(int(loss > equal * (1 + ROUNDING)), run.device):
-        raise distributed.common_error(
+        raise UserError(
             f"the network is dead in epoch {run.progress.epoch}: every gradient of the last batch is exactly 0, at a "
             f"loss of {loss:.4g}, where equal probabilities have {equal:.4g} {cure(run)}"
         )
