@@ -63,8 +63,8 @@ ATTACKS = ("fgsm", "pgd")
 PARTS = ("clean", "calibration", "corruptions", *ATTACKS)
 WHAT = ("checkpoint", "sha256", "part", "set", "digest")  # together with how, what a record is of
 SAID = {  # numbers in words
-    "top1": "top-1 {:.2f}%", "top5": "top-5 {:.2f}%", "loss": "cross-entropy {:.4f}", "ece": "ECE {:.2f}%",
-    "confidence": "mean confidence {:.2f}%", "error": "mean top-1 error {:.2f}%",
+    "top1": "top-1 {:.2f}%", "top5": "top-5 {:.2f}%", "loss": "cross-entropy {:.4f}",
+    "error": "mean top-1 error {:.2f}%", "ece": "ECE {:.2f}%", "confidence": "mean confidence {:.2f}%",
 }  # fmt: skip
 FLAGS = ("dataset", "data_dir", "image_size", "arch", "initial_channels", "dropout", "ngpu")  # as main.py has them
 CHOSEN = {"corruptions", *ATTACKS}  # the parts of a choice of the images

@@ -345,7 +345,7 @@ def test_pictures_and_tables_are_there(result: Records, small_run: Path) -> None
             assert min(image.size) > 200
             assert np.asarray(image.convert("L")).std() > 5
     assert {path.name for path in folder.iterdir()} == names
-    assert f"mean top-1 error {result['corruptions', 'test']['numbers']['error']:.2f}% (9 images" in text
+    assert f"mean top-1 error {result['corruptions', 'test']['numbers']['error']:.2f}%, ECE " in text
     assert "source made here" in text
     assert all(f"\n| {name} | " in text for name in CORRUPTIONS)
     assert " %" not in text
