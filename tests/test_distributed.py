@@ -58,13 +58,13 @@ def gradients(name: str, world: World) -> dict[str, Tensor]:
     return {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def is_dead(world: World) -> bool:
-    """Whether a run is stopped after a step in which rank 0's part of the batch leaves no gradient."""
+def is_dead(world: World, saturated: int) -> bool:
+    """Whether a run is stopped after a step in which the first ranks' parts of the batch leave no gradient."""
     torch.manual_seed(0)
     model, method = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), build_method("vanilla", "cifar10", 10)
     images, labels = batch(world, 12)
     parallel = distributed.data_parallel(model)
-    step = method.step(parallel, images * (1 if world.rank else 1e6), labels, None)
+    step = method.step(parallel, images * (1e6 if world.rank < saturated else 1), labels, None)
     step.loss.backward()
     run: Any = SimpleNamespace(
         model=model, device=torch.device("cpu"), method=method, training=Training(), progress=Progress()
@@ -90,7 +90,7 @@ def work(rank: int, size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     world = World(rank, size, rank)
     found: dict[str, Any] = {name: gradients(name, world) for name in IMAGES}
-    found |= {"evaluation": evaluation(world), "is_dead": is_dead(world)}
+    found |= {"evaluation": evaluation(world), "is_dead": [is_dead(world, number) for number in (1, size)]}
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     dist.destroy_process_group()
@@ -123,9 +123,9 @@ def test_evaluation_is_equal_to_the_last_bit(ranks: SimpleNamespace) -> None:
 
 
 def test_a_rank_without_gradients_goes_on_with_the_others(ranks: SimpleNamespace) -> None:
-    assert is_dead(World(0, ranks.size))  # were it alone with its part of the batch
-    assert not is_dead(World(1, ranks.size))
-    assert not ranks.is_dead
+    assert is_dead(World(0, ranks.size), 1)  # were it alone with its part of the batch
+    assert not is_dead(World(1, ranks.size), 1)
+    assert ranks.is_dead == [False, True]
 
 
 # -------------------------------------------------------------------------------------------------------- whole runs
@@ -148,11 +148,11 @@ def whole(words: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def torchrun(*words: object, program: object = "main.py", restarts: int = 0) -> subprocess.Popen[str]:
-    """A program on two ranks."""
+def torchrun(*words: object, restarts: int = 0) -> subprocess.Popen[str]:
+    """main.py on two ranks."""
     how = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max_restarts={restarts}"]
     return subprocess.Popen(
-        [sys.executable, *how, *map(str, [program, *words])],
+        [sys.executable, *how, "main.py", *map(str, words)],
         cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -213,26 +213,6 @@ def test_several_gpus_are_torchruns_business(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(BadArguments, match="torchrun --nproc_per_node=4 main"):
         distributed.join(4, 100)
-
-
-DIE = """
-import sys
-import pytest
-import main
-from tests import test_faults
-test_faults.saturate(pytest.MonkeyPatch())
-sys.exit(main.main(sys.argv[1:]))
-"""
-
-
-def test_a_dead_network_stops_every_rank(words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "die.py"
-    program.write_text(DIE)
-    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(ROOT))
-    said = finish(torchrun(*words, "--method", "vanilla", "--root_dir", tmp_path / "ranks", program=program), 1)
-    lines = re.findall("^error: (.*?):", said, re.MULTILINE)
-    assert set(lines) == {"the network is dead in epoch 0"}, said
-    assert not list(tmp_path.glob("ranks/*/*.tar"))
 
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
