@@ -244,7 +244,7 @@ def test_fast_where_it_would_be_slow_is_told(
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
     prepare(nn.Identity(), torch.device("cpu"), fast)
-    told = ["warning: PyTorch emulates bfloat16 on this CPU: without --fast it is likely to be faster"]
+    told = ["warning: PyTorch emulates bfloat16 here: without --fast it is likely to be faster"]
     assert caplog.messages == told * (fast and not native)
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import platform
 import resource
 import sys
-import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -19,22 +17,17 @@ from torch import Tensor, nn
 
 from mixup.base import Step, to_device
 
-log = logging.getLogger("sage")
+from .files import log
 
 WARM_UP = 3  # steps taken as they are before one is recorded: plans, workspaces, momentum
-TakeStep = Callable[[Tensor, Tensor, Any], Step]
 
 
 def pick_device(ngpu: int) -> torch.device:
     """The device for ``--ngpu``; where there is no GPU the CPU, with a warning."""
-    if ngpu == 0:
-        return torch.device("cpu")
-    if torch.cuda.is_available():
+    if ngpu > 0 and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    if torch.backends.mps.is_available():
-        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-        return torch.device("mps")
-    log.warning(f"warning: --ngpu {ngpu}: no GPU that this PyTorch can use was found; the CPU is used")
+    if ngpu > 0:
+        log.warning(f"warning: --ngpu {ngpu}: no GPU that this PyTorch can use was found; the CPU is used")
     return torch.device("cpu")
 
 
@@ -47,11 +40,8 @@ def device_name(device: torch.device) -> str:
 
 
 def set_precision(deterministic: bool) -> None:
-    """TF32 as in the PyTorch the paper used, cuDNN autotuning; or bitwise repeatability on CUDA, at its price."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # newer releases rename these switches, older ones know only these
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+    """TF32 as in the paper's PyTorch, cuDNN autotuning; or bitwise repeatability on CUDA, at its price."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -64,29 +54,29 @@ def prepare(model: nn.Module, device: torch.device, fast: bool, batch: int | Non
     With ``fast``, its forward runs in bfloat16 autocast (compiled on CUDA): the same network, cheaper. Weights, loss,
     saliency, search and blend stay float32. ``batch`` is the usual number of images of a training step.
     """
-    if device.type == "cpu":
-        keep_freed_memory()
-    model = model.to(device)
+    model, on_cpu = model.to(device), device.type == "cpu"
+    if on_cpu and platform.libc_ver()[0] == "glibc":
+        # keep the memory of activations, whose pages the system would clear anew: 5 to 10% of a float32 step
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its most
     # narrower convolutions of this layout make oneDNN write out of bounds (seen in PyTorch 2.14: a segfault)
     narrow = any(isinstance(module, nn.Conv2d) and module.out_channels < 16 for module in model.modules())
-    if not narrow if device.type == "cpu" else fast:
+    if not narrow if on_cpu else fast:
         model = model.to(memory_format=torch.channels_last)
     if fast:
         if emulates_bfloat16(device):
-            kind = "CPU" if device.type == "cpu" else "GPU"
-            log.warning(f"warning: PyTorch emulates bfloat16 on this {kind}: without --fast it is likely to be faster")
-        forward = compiled(model.forward, batch) if device.type == "cuda" else model.forward
+            log.warning("warning: PyTorch emulates bfloat16 here: without --fast it is likely to be faster")
+        forward = model.forward if on_cpu else compiled(model.forward, batch)
         model.forward = torch.autocast(device.type, dtype=torch.bfloat16)(forward)
     return model
 
 
 def emulates_bfloat16(device: torch.device) -> bool:
-    """Whether PyTorch has to emulate bfloat16 there: on a GPU without it, and on a CPU where oneDNN does not take it.
-    False on other devices, of which PyTorch does not tell."""
+    """Whether PyTorch emulates bfloat16 there: on a GPU without it, and on a CPU where oneDNN does not take it."""
     if device.type == "cuda":
         return not torch.cuda.is_bf16_supported(including_emulation=False)
-    onednn = torch.backends.mkldnn
-    return device.type == "cpu" and not (onednn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def compiled(forward: Callable[..., Tensor], batch: int | None = None, **how: Any) -> Callable[..., Tensor]:
@@ -95,22 +85,11 @@ def compiled(forward: Callable[..., Tensor], batch: int | None = None, **how: An
     ``x``; so a pass that mixes them and is not of ``batch`` images, the last one of an epoch, is not compiled."""
     quick = torch.compile(forward, **how)
 
-    def chosen(x: Tensor, *hook: Any, **named_hook: Any) -> Tensor:
-        mixes, is_last = bool(hook or named_hook), batch is not None and len(x) != batch
-        return (forward if mixes and is_last else quick)(x, *hook, **named_hook)
+    def chosen(x: Tensor, *hook: Any) -> Tensor:
+        is_last = batch is not None and len(x) != batch
+        return (forward if hook and is_last else quick)(x, *hook)
 
     return chosen
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse the memory of activations from step to step. It gives it back to the system otherwise, which
-    then clears every page anew: 5 to 10% of a float32 step."""
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its most
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
 
 
 def record_cuda(work: Callable[[], Step]) -> tuple[Callable[[], None], Step]:
@@ -134,13 +113,12 @@ class Captured:
     """
 
     def __init__(
-        self, take: TakeStep, baked: Callable[[], Any], device: torch.device, record: Any = record_cuda
+        self, take: Callable[..., Step], baked: Callable[[], Any], device: torch.device, record: Any = record_cuda
     ) -> None:
         self.take, self.baked, self.device, self.record = take, baked, device, record
-        self.seen = 0
+        self.seen, self.works = 0, True
         self.before: Any = None  # shapes of the last call
-        self.kept: Any = None  # what was baked in, inputs, replay, result
-        self.works = True
+        self.kept: Any = None  # shapes and what was baked in, inputs, replay, result
 
     def __call__(self, images: Tensor, labels: Tensor, draws: Any) -> Step:
         draws = as_tensors(draws, self.device)
@@ -174,13 +152,10 @@ class Captured:
 
 def as_tensors(draws: Any, device: torch.device) -> SimpleNamespace:
     """Numbers and arrays of ``draws`` as tensors on ``device``, float32 or integers, without waiting for it."""
-
-    def moved(value: Any) -> Tensor:
-        tensor = torch.as_tensor(value)
-        return to_device(tensor.float() if tensor.is_floating_point() else tensor, device)
-
     values = draws._asdict() if hasattr(draws, "_asdict") else vars(draws)  # a NamedTuple, or a dataclass
-    return SimpleNamespace(**{name: v if v is None else moved(v) for name, v in values.items()})
+    tensors = {name: torch.as_tensor(value) for name, value in values.items() if value is not None}
+    moved = {name: to_device(x.float() if x.is_floating_point() else x, device) for name, x in tensors.items()}
+    return SimpleNamespace(**{**dict.fromkeys(values), **moved})
 
 
 def step_generator(seed: int, epoch: int, step: int, rank: int = 0) -> np.random.Generator:
@@ -195,5 +170,4 @@ def peak_memory(device: torch.device) -> float:
     """Peak memory in GB so far: allocated on a CUDA device, resident in the process otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if sys.platform == "darwin" else peak / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
